@@ -1,0 +1,142 @@
+"""The command line. A command imports what it runs only when it runs, so that `moeyard --help` stays fast."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from functools import partial
+from importlib import import_module
+
+from . import __version__
+from .engine.config import EngineConfig, ServeConfig
+from .launch.cli import METAVARS, Parser, add_options, config_from, one_model
+
+BENCHES = {
+    "throughput": "output tokens per second, against other engines",
+    "latency": "time of one batch, prefill and decode apart",
+    "serve": "a running server under a stream of requests",
+}
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from .launch.server import run
+
+    return run(config_from(args, ServeConfig))
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .launch.plan import run
+
+    return run(config_from(args, EngineConfig), args)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from .launch.generate import run
+
+    return run(config_from(args, EngineConfig), args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .launch.doctor import run
+
+    return run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    args.model = one_model(args.model, args.model_option)
+    return import_module(f".bench.{args.bench}", __package__).run(args)
+
+
+def _fill_serve(parser: Parser) -> None:
+    add_options(parser, ServeConfig, model_positional=True)
+
+
+def _fill_plan(parser: Parser) -> None:
+    add_options(parser, EngineConfig, model_positional=True)
+
+
+def _fill_generate(parser: Parser) -> None:
+    unset = argparse.SUPPRESS
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    group = parser.add_argument_group("sampling")
+    for name, kind, text in (
+        ("--max-tokens", int, "most tokens to write (default: 128)"),
+        ("--temperature", float, "0 is greedy (default: the checkpoint's)"),
+        ("--top-p", float, "keep the likeliest tokens up to this probability (default: the checkpoint's)"),
+        ("--top-k", int, "keep this many tokens; 0 is off (default: the checkpoint's)"),
+        ("--seed", int, "makes the output reproducible (default: none)"),
+    ):
+        group.add_argument(name, type=kind, default=unset, metavar=METAVARS[kind], help=text)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--stream", action=switch, default=True, help="print text as it comes (default: on)")
+    parser.add_argument("--chat", action=switch, default=False, help="apply the chat template (default: off)")
+    add_options(parser, EngineConfig)
+
+
+def _fill_doctor(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _fill_benches(parser: Parser) -> None:
+    commands = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
+    for name, text in BENCHES.items():
+        commands.add_parser(name, help=text, description=text, fill=partial(_fill_bench, bench=name)).set_defaults(
+            run=_bench
+        )
+
+
+def _fill_bench(parser: Parser, bench: str) -> None:
+    import_module(f".bench.{bench}", __package__).add_arguments(parser)
+    parser.add_argument("--model", dest="model_option", metavar="MODEL", help="the same as MODEL")
+
+
+COMMANDS = {
+    "serve": (_serve, _fill_serve, "answer OpenAI-compatible requests over HTTP"),
+    "generate": (_generate, _fill_generate, "continue one prompt and print the text"),
+    "bench": (_bench, _fill_benches, "measure: throughput, latency, serve"),
+    "plan": (_plan, _fill_plan, "show what fits in memory, before loading"),
+    "doctor": (_doctor, _fill_doctor, "show devices, measured rates, libraries, and what is missing"),
+}
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="moeyard", description="Inference for Mixture-of-Experts language models.")
+    parser.add_argument("--version", action="version", version=f"moeyard {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (run, fill, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, description=text, fill=fill).set_defaults(run=run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 2 for a user's error, 1 for another, one line on stderr each."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = build_parser().parse_args(argv)
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away; nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"moeyard: error: {_describe(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _describe(error: Exception) -> str:
+    """One line for any failure."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}; `moeyard doctor` lists what is missing"
+    if isinstance(error, (ValueError, OSError)):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

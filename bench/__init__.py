@@ -1,0 +1,1 @@
+"""Measurements. Every claim of speed is a command here."""

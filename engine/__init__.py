@@ -1,0 +1,1 @@
+"""One rank: model, caches, experts and the step loop that drives them."""

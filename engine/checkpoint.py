@@ -1,0 +1,146 @@
+"""A checkpoint directory's safetensors files: what is in them, checked against their own headers before anything is
+read.
+
+Only headers are read when a checkpoint is opened. Data is read through memory mapping, whole tensors or slices of
+their first dimension, and at most `OPEN_FILES` files are mapped at once, so that pages of files that are done with do
+not count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+OPEN_FILES = 2
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One stored tensor."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Checkpoint:
+    """The tensors of a checkpoint directory. Raises ValueError naming file, expected and found when it is damaged."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        self._open: OrderedDict[Path, Any] = OrderedDict()
+        files, expected = _files_of(path)
+        for file in files:
+            for entry in read_header(file):
+                if entry.name in self.entries:
+                    other = self.entries[entry.name].file.name
+                    raise ValueError(f"checkpoint: tensor {entry.name} is in both {other} and {file.name}")
+                if entry.dtype not in _FLOATS:
+                    raise ValueError(
+                        f"checkpoint: tensor {entry.name} in {file.name} has type {entry.dtype}; expected one of"
+                        f" {', '.join(sorted(_FLOATS))} (quantised checkpoints are not supported yet)"
+                    )
+                self.entries[entry.name] = entry
+        for name, file in expected.items():
+            if name not in self.entries or self.entries[name].file != file:
+                raise ValueError(f"checkpoint: tensor {name} is missing: {INDEX} expects it in {file.name}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(e.nbytes for e in self.entries.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """A stored tensor; its memory is the file's mapping, so copy what is kept."""
+        return self._file(self.entries[name].file).get_tensor(name)
+
+    def read_row(self, name: str, index: int) -> torch.Tensor:
+        """Row `index` of the first dimension, kept as a dimension of 1, without reading the others."""
+        return self._file(self.entries[name].file).get_slice(name)[index : index + 1]
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def _file(self, file: Path) -> Any:
+        if file not in self._open:
+            while len(self._open) >= OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[file] = safe_open(file, framework="pt", device="cpu")
+        self._open.move_to_end(file)
+        return self._open[file]
+
+
+def read_header(file: Path) -> list[Entry]:
+    """The tensors that a safetensors file says it holds, checked against the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 0 < length <= size - 8:
+            raise ValueError(
+                f"checkpoint: {file.name} is truncated or not safetensors: {size} bytes, header of {length}"
+            )
+        try:
+            header = json.loads(stream.read(length))
+            entries = [_entry(file, name, info) for name, info in header.items() if name != "__metadata__"]
+            ends = [int(info["data_offsets"][1]) for name, info in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"checkpoint: {file.name} has a damaged header: {error}") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        state = "truncated" if size < expected else "too long"
+        raise ValueError(f"checkpoint: {file.name} is {state}: expected {expected} bytes, found {size}")
+    return entries
+
+
+def _entry(file: Path, name: str, info: dict[str, Any]) -> Entry:
+    shape = tuple(int(n) for n in info["shape"])
+    begin, end = (int(n) for n in info["data_offsets"])
+    if info["dtype"] not in _ITEM_BYTES:
+        raise ValueError(f"tensor {name} has the unknown type {info['dtype']}")
+    needed = math.prod(shape) * _ITEM_BYTES[info["dtype"]]
+    if begin < 0 or end - begin != needed:
+        raise ValueError(f"tensor {name} of shape {list(shape)} needs {needed} bytes, found {end - begin}")
+    return Entry(name=name, file=file, dtype=info["dtype"], shape=shape, nbytes=needed)
+
+
+def _files_of(path: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The directory's safetensors files, and which tensor the index expects in which."""
+    index, single = path / INDEX, path / SINGLE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            expected = {str(name): path / str(file) for name, file in weight_map.items()}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"checkpoint: {index} is damaged: {error}") from error
+        files = sorted(set(expected.values()))
+        for file in files:
+            if file.parent != path or not file.is_file():
+                raise ValueError(f"checkpoint: {INDEX} expects {file.name}, which is not in {path}")
+        return files, expected
+    if single.is_file():
+        return [single], {}
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    hint = f"; {pickles[0]} is a pickle, save it again as safetensors" if pickles else ""
+    raise ValueError(f"checkpoint: {path} has neither {SINGLE} nor {INDEX}{hint}")

@@ -1,0 +1,128 @@
+"""Every option of the engine and of the server: its name, default, help text and choices, in one place.
+
+The command line is generated from these dataclasses (`moeyard.__main__`), so an option that is not here does not exist.
+Sizes are given as text (`"8GiB"`, `"512MiB"`, or a plain number of bytes) and read by `parse_size`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
+    """A dataclass field with the text and the choices that the command line shows."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+def parse_size(text: str, name: str = "size") -> int:
+    """Bytes in `"8GiB"`, `"1.5GB"`, `"4096"`. Raises ValueError naming the option for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = match.group(2).lower() if match else ""
+    if match is None or unit not in _UNITS:
+        raise ValueError(f"{name}: cannot read {text!r} as a size; write for example 8GiB, 512MiB or 4096")
+    return int(float(match.group(1)) * _UNITS[unit])
+
+
+def format_size(size: float) -> str:
+    """`1536` -> `1.5 KiB`; three significant digits, binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of one engine. Raises ValueError naming the field and the remedy."""
+
+    model: str = option("", "checkpoint directory or Hub id (default: the small embedded checkpoint)")
+    revision: str | None = option(None, "branch, tag or commit, for a Hub id")
+    trust_remote_code: bool = option(False, "run model code that ships with the checkpoint")
+    dtype: str = option(
+        "auto",
+        "type of weights and activations; auto takes the checkpoint's",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = option("auto", "auto takes CUDA when there is a GPU", choices=("auto", "cpu", "cuda"))
+    threads: int | None = option(None, "CPU threads (default: the cores this process may use)")
+    max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's)")
+    max_num_seqs: int = option(128, "most requests in one step")
+    max_batched_tokens: int = option(2048, "token budget of one step, prefill and decode together")
+    block_size: int = option(16, "tokens in one KV block")
+    memory_fraction: float | None = option(
+        None,
+        "share of the device's free memory that the KV cache may take once the weights are loaded (default: 0.9 on a"
+        " GPU, 0.5 on a CPU, where other programs need memory too)",
+    )
+    kv_memory: str | None = option(None, "size of the KV cache (default: from --memory-fraction)", metavar="SIZE")
+    prefix_cache: bool = option(True, "share KV blocks between requests with a common prefix")
+    generation_config: str = option(
+        "model",
+        "sampling defaults: the checkpoint's generation_config.json, or none",
+        choices=("model", "none"),
+    )
+    progress: bool = option(True, "progress bars on the terminal")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("max_num_seqs", "max_batched_tokens", "block_size", "max_model_len", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.max_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_batched_tokens ({self.max_batched_tokens}) is below max_num_seqs ({self.max_num_seqs}): a step"
+                " must have room for one token of each request; raise the first or lower the second"
+            )
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"memory_fraction is {self.memory_fraction}; it must be above 0 and at most 1")
+        if self.kv_memory is not None:
+            parse_size(self.kv_memory, "kv_memory")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(EngineConfig):
+    """Options of the HTTP server, beside the engine's."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0 takes a free one")
+    api_key: str | None = option(None, "bearer key that requests must carry (default: $MOEYARD_API_KEY, or none)")
+    served_model_name: str | None = option(None, "name shown by /v1/models (default: the model's path or id)")
+    max_queued_tokens: int = option(
+        131072, "prompt tokens that may wait for prefill; beyond it requests get 503 with Retry-After"
+    )
+    drain_timeout: float = option(30.0, "seconds that running requests get to finish on SIGTERM", metavar="SECONDS")
+    start_timeout: float = option(1800.0, "seconds the engine may take to load", metavar="SECONDS")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; it must be between 0 and 65535")
+        if self.max_queued_tokens < 1:
+            raise ValueError(f"max_queued_tokens is {self.max_queued_tokens}; it must be at least 1")
+        for name in ("drain_timeout", "start_timeout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's part of these options."""
+        names = {f.name for f in dataclasses.fields(EngineConfig)}
+        return EngineConfig(**{k: v for k, v in dataclasses.asdict(self).items() if k in names})
+
+
+def _check_choices(config: Any) -> None:
+    for f in dataclasses.fields(config):
+        choices = f.metadata.get("choices", ())
+        value = getattr(config, f.name)
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} is {value!r}; choose one of {', '.join(choices)}")

@@ -1,0 +1,299 @@
+"""One rank's engine: requests in, tokens out, one step at a time.
+
+A step asks the scheduler which tokens to compute, runs the model on them as one packed batch, samples where a
+sequence's last token was computed, and reports what each request gained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..kernels.threads import set_threads
+from ..scheduler.batching import Scheduler, Step
+from ..scheduler.blocks import BlockPool
+from ..scheduler.requests import Request
+from .attention import PagedAttention
+from .config import EngineConfig, format_size
+from .cpu_linear import use_small_row_kernels
+from .grammar import GrammarCompiler
+from .kv_cache import KVCache, Span, StepBatch, make_batch
+from .loader import draw, load
+from .memory import free_memory, kv_blocks
+from .messages import Stats, Submit, TokenDelta
+from .model import plug, unplug
+from .params import SamplingParams
+from .resolve import resolve_model
+from .sampling import Sampled, SequenceSampler, sample
+
+logger = logging.getLogger(__name__)
+
+_NUMBERS = itertools.count()
+
+
+@dataclass
+class _Life:
+    """What the engine keeps beside a scheduled request: its sampler and when things happened (monotonic seconds)."""
+
+    sampler: SequenceSampler
+    submitted: float
+    started: float = 0.0
+
+
+class Engine:
+    """Loads a checkpoint and generates. Raises ValueError for what the user can mend: options, checkpoint, request."""
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        set_threads(config.threads)
+        path = resolve_model(config.model, config.revision)
+        blueprint = draw(config, path)
+        self.spec = blueprint.spec
+        self.device = blueprint.device
+        self.max_model_len = blueprint.max_model_len
+        self.vocab_size = min(int(blueprint.model.config.vocab_size), blueprint.spec.vocab_size)
+        self._model = blueprint.model
+        self._experts = load(blueprint, progress=config.progress)
+        if self.device.type == "cpu":
+            use_small_row_kernels(self._model)
+        self._name = f"moeyard_{next(_NUMBERS)}"
+        activations = self._warm_up(blueprint.dtype)
+        free = free_memory(self.device) - activations
+        num_blocks = kv_blocks(config, self.device, blueprint.footprint.kv_per_token, self.max_model_len, free)
+        self._use_cache(num_blocks, blueprint.dtype)
+        self._pool = BlockPool(num_blocks, config.block_size, config.prefix_cache)
+        self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_batched_tokens)
+        self._eos_ids = _eos_ids(path, blueprint.model.config)
+        self._grammars: GrammarCompiler | None = None
+        self._path = path
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self.info = {
+            "model": str(config.model or path.name),
+            "architecture": self.spec.architecture,
+            "dtype": str(blueprint.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "weights_bytes": blueprint.footprint.weights,
+            "expert_bytes": blueprint.footprint.experts,
+            "kv_bytes": self._cache.nbytes,
+            "kv_tokens": self.kv_tokens,
+            "max_model_len": self.max_model_len,
+            "moe_layers": [layer.module for layer in self.spec.experts],
+        }
+        logger.info(
+            "%s on %s in %s: weights %s, KV cache %s for %d tokens",
+            self.spec.architecture,
+            self.device,
+            self.info["dtype"],
+            format_size(blueprint.footprint.weights),
+            format_size(self._cache.nbytes),
+            self.kv_tokens,
+        )
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self._cache.num_blocks * self._cache.block_size
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def submit(self, submit: Submit) -> None:
+        """Queues a request. Raises ValueError naming the field when it can never be served."""
+        params = SamplingParams.from_dict(submit.params)
+        prompt = submit.prompt_ids
+        limit = min(self.max_model_len, self.kv_tokens)
+        if not prompt:
+            raise ValueError("prompt is empty; it must hold at least one token")
+        if not all(isinstance(t, int) and 0 <= t < self.vocab_size for t in prompt):
+            raise ValueError(f"prompt holds token ids outside the vocabulary of {self.vocab_size}")
+        if len(prompt) >= limit:
+            raise ValueError(f"prompt has {len(prompt)} tokens; the limit is {limit - 1} (one must be left for output)")
+        room = limit - len(prompt)
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise ValueError(
+                f"max_tokens is {params.max_tokens}; after a prompt of {len(prompt)} tokens the limit of {limit}"
+                f" leaves {room}"
+            )
+        grammar = None
+        if params.json_schema is not None:
+            grammar = self._grammar_compiler().compile_json_schema(params.json_schema)
+        sampler = SequenceSampler(
+            params,
+            prompt,
+            self.vocab_size,
+            self._eos_ids,
+            params.seed if params.seed is not None else secrets.randbits(64),
+            grammar,
+            room,
+        )
+        life = _Life(sampler=sampler, submitted=time.monotonic())
+        total = len(prompt) + min(params.max_tokens or room, room)
+        self._scheduler.add(Request(submit.request_id, prompt, total, submit.cache_salt, life))
+
+    def abort(self, request_id: str) -> None:
+        self._scheduler.abort(request_id)
+
+    def step(self) -> list[TokenDelta]:
+        """Computes one step; what each request gained, finished requests included."""
+        step = self._scheduler.schedule()
+        if not step.tokens:
+            return []
+        now = time.monotonic()
+        for request_id in step.admitted:
+            self._scheduler.get(request_id).payload.started = now
+        logits_BV = self._run(step)
+        self._scheduler.commit(step)
+        self._steps += 1
+        requests = [self._scheduler.get(request_id) for request_id in step.samples]
+        results = sample(logits_BV, [r.payload.sampler for r in requests]) if requests else []
+        return [self._advance(request, result) for request, result in zip(requests, results, strict=True)]
+
+    def stats(self, with_experts: bool) -> Stats:
+        return Stats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_used=self._pool.used,
+            kv_blocks_total=self._cache.num_blocks,
+            prefix_queried_tokens=self._pool.queried_tokens,
+            prefix_hit_tokens=self._pool.hit_tokens,
+            preemptions=self._scheduler.preemptions,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            expert_counts=[layer.counts_E.tolist() for layer in self._experts.layers] if with_experts else None,
+        )
+
+    def close(self) -> None:
+        """Forgets the functions registered with transformers, which keep the model's memory alive."""
+        unplug(self._name)
+
+    def _use_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
+        """Makes a KV cache and plugs the attention over it into the model."""
+        self._cache = KVCache(self.spec.attention, num_blocks, self.config.block_size, dtype, self.device)
+        self._attention = PagedAttention(self.spec.attention, self._cache)
+        plug(self._model, self._name, self._attention, self._experts)
+
+    def _warm_up(self, dtype: torch.dtype) -> int:
+        """Runs a prefill and a decode step over a cache of their own, so that nothing is compiled while serving.
+
+        Returns the bytes that activations and sampling take at their peak on a GPU, where the prefill is as large as
+        steps can be; 0 on a CPU, where it is small.
+        """
+        on_gpu = self.device.type == "cuda"
+        config = self.config
+        count = min(config.max_batched_tokens, self.max_model_len) if on_gpu else min(32, self.max_model_len)
+        blocks = -(-(count + 1) // config.block_size)
+        self._use_cache(blocks, dtype)
+        before = 0
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        for tokens, start in ((count - 1, 0), (1, count - 1)):
+            if tokens:
+                span = Span(tokens=[0] * tokens, start=start, blocks=range(blocks), samples=True)
+                batch = make_batch([span], config.block_size, self.device)
+                rows = min(config.max_num_seqs, tokens)
+                batch = dataclasses.replace(batch, sample_rows=torch.arange(rows, device=self.device))
+                params = SamplingParams(temperature=1.0, max_tokens=1)
+                sampler = SequenceSampler(params, [0], self.vocab_size, frozenset(), 0)
+                sample(self._run_batch(batch), [sampler] * rows)
+        for layer in self._experts.layers:
+            layer.counts_E.zero_()
+        return torch.cuda.max_memory_allocated(self.device) - before if on_gpu else 0
+
+    def _run(self, step: Step) -> torch.Tensor:
+        """Logits [B, V] of the sequences that sample in this step."""
+        spans = []
+        samples = set(step.samples)
+        for request_id, count in step.tokens.items():
+            request = self._scheduler.get(request_id)
+            start = request.computed
+            spans.append(
+                Span(
+                    tokens=request.tokens[start : start + count],
+                    start=start,
+                    blocks=request.block_table,
+                    samples=request_id in samples,
+                )
+            )
+        return self._run_batch(make_batch(spans, self._cache.block_size, self.device))
+
+    @torch.inference_mode()
+    def _run_batch(self, batch: StepBatch) -> torch.Tensor:
+        self._attention.batch = batch
+        out = self._model(
+            input_ids=batch.input_ids_T[None],
+            position_ids=batch.positions_T[None],
+            attention_mask=None,
+            use_cache=False,
+            logits_to_keep=batch.sample_rows,
+        )
+        return out.logits[0]
+
+    def _advance(self, request: Request, result: Sampled) -> TokenDelta:
+        life: _Life = request.payload
+        sampler = life.sampler
+        if result.error:
+            self._scheduler.finish(request.id)
+            return TokenDelta(request_id=request.id, token_ids=[], finish_reason="error", error=result.error)
+        first = not sampler.output_ids
+        sampler.advance(result.token_id)
+        self._generated_tokens += 1
+        self._scheduler.append(request.id, result.token_id)
+        times: dict[str, Any] = {}
+        if first:
+            self._prompt_tokens += request.prompt_len
+            now = time.monotonic()
+            times = {
+                "cached_tokens": request.cached_tokens,
+                "queue_s": life.started - life.submitted,
+                "prefill_s": now - life.started,
+            }
+        if sampler.finish_reason:
+            self._scheduler.finish(request.id)
+        logprobs = None
+        if result.logprob is not None:
+            logprobs = [[result.logprob, [[token, value] for token, value in result.top or ()]]]
+        return TokenDelta(
+            request_id=request.id,
+            token_ids=[result.token_id],
+            logprobs=logprobs,
+            finish_reason=sampler.finish_reason,
+            stop_token=sampler.stop_token,
+            **times,
+        )
+
+    def _grammar_compiler(self) -> GrammarCompiler:
+        if self._grammars is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(self._path, trust_remote_code=self.config.trust_remote_code)
+            self._grammars = GrammarCompiler(tokenizer, self.vocab_size, self._eos_ids)
+        return self._grammars
+
+
+def _eos_ids(path: Any, config: Any) -> frozenset[int]:
+    """The model's end tokens: generation_config.json's, else the configuration's."""
+    file = path / "generation_config.json"
+    value = None
+    if file.is_file():
+        try:
+            value = json.loads(file.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"model: {file} is not JSON: {error}") from error
+    if value is None:
+        value = getattr(config, "eos_token_id", None)
+    ids = value if isinstance(value, list) else [value]
+    return frozenset(i for i in ids if isinstance(i, int))

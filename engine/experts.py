@@ -1,0 +1,74 @@
+"""Where the experts' weights are and how they get there.
+
+S: slots, I: expert width (2I for gate and up together), D: hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .weights import ExpertReader
+
+UP_NAMES = ("gate_up_proj", "up_proj")
+DOWN_NAME = "down_proj"
+
+
+class ExpertPool:
+    """Weights of one MoE layer's experts in slots, each matrix with its input dimension contiguous.
+
+    `up_SND` is `[S, 2I, D]` for experts with a gate (the rows of gate and up in the model's own order), `[S, I, D]`
+    without; `down_SDI` is `[S, D, I]`; biases or None. Whatever the checkpoint's layout, there is one copy of the
+    weights.
+    """
+
+    def __init__(self, reader: ExpertReader, num_slots: int, device: torch.device):
+        spec = reader.spec
+        self.spec = spec
+        self.reader = reader
+        self.num_slots = num_slots
+        self._names = {self._up_name: "up_SND", DOWN_NAME: "down_SDI"}
+        biases = {f"{self._up_name}_bias": "up_bias_SN", f"{DOWN_NAME}_bias": "down_bias_SD"}
+        known = {*self._names, *(biases if spec.has_bias else ())}
+        if set(spec.parameters) != known:
+            raise ValueError(
+                f"model: the experts {spec.module} have the parameters {', '.join(spec.parameters)}; expected"
+                f" {', '.join(sorted(known))}"
+            )
+        self.up_SND = self._empty(self._up_name, device)
+        self.down_SDI = self._empty(DOWN_NAME, device)
+        self.up_bias_SN: torch.Tensor | None = None
+        self.down_bias_SD: torch.Tensor | None = None
+        if spec.has_bias:
+            self._names |= biases
+            self.up_bias_SN = self._empty(f"{self._up_name}_bias", device)
+            self.down_bias_SD = self._empty(f"{DOWN_NAME}_bias", device)
+
+    @property
+    def _up_name(self) -> str:
+        return UP_NAMES[0] if self.spec.has_gate else UP_NAMES[1]
+
+    def _empty(self, parameter: str, device: torch.device) -> torch.Tensor:
+        shape = self.reader.shape(parameter)
+        if len(shape) == 2 and self.spec.is_transposed:
+            shape = (shape[1], shape[0])
+        return torch.empty(self.num_slots, *shape, dtype=self.reader.dtype(parameter), device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, torch.Tensor))
+
+    def fill(self, slot: int, expert: int) -> None:
+        """Reads an expert from the checkpoint into a slot."""
+        for parameter, tensor in self.reader.read(expert).items():
+            if tensor.dim() == 2 and self.spec.is_transposed:
+                tensor = tensor.t()
+            getattr(self, self._names[parameter])[slot].copy_(tensor)
+
+
+def load_experts(pool: ExpertPool) -> Iterator[int]:
+    """Fills every slot with the expert of its number; yields bytes as it goes."""
+    for expert in range(pool.spec.num_experts):
+        pool.fill(expert, expert)
+        yield pool.reader.nbytes

@@ -1,0 +1,89 @@
+"""How much memory there is, how much a model takes, and how large the KV cache may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from .config import EngineConfig, format_size, parse_size
+from .model import ModelSpec
+from .weights import WeightMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of a model in memory: `dense` (all but experts), `expert` (the largest single one), all `experts`, and
+    the KV cache's bytes per token.
+    """
+
+    dense: int
+    expert: int
+    experts: int
+    num_experts: int
+    kv_per_token: int
+
+    @property
+    def weights(self) -> int:
+        return self.dense + self.experts
+
+
+def footprint(weights: WeightMap, spec: ModelSpec, dtype: torch.dtype) -> Footprint:
+    """Computed from names and shapes, before anything is loaded."""
+    tied = weights.model.all_tied_weights_keys
+    made = {t for recipe in weights.recipes.values() for t in recipe.targets}
+    dense = sum(
+        tensor.numel() * weights.dtype_of(name).itemsize
+        for name, tensor in weights.expected.items()
+        if name not in weights.experts and (name in made or name not in tied)
+    )
+    per_expert = [(weights.reader(layer).nbytes, layer.num_experts) for layer in spec.experts]
+    return Footprint(
+        dense=dense,
+        expert=max((size for size, _ in per_expert), default=0),
+        experts=sum(size * count for size, count in per_expert),
+        num_experts=sum(count for _, count in per_expert),
+        kv_per_token=spec.kv_values_per_token * dtype.itemsize,
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def kv_blocks(config: EngineConfig, device: torch.device, kv_per_token: int, max_model_len: int, free: int) -> int:
+    """KV blocks that the options allow with `free` bytes left after the weights: no more than all requests at full
+    length could use. Raises ValueError when not even one request of `max_model_len` fits.
+    """
+    block_bytes = kv_per_token * config.block_size
+    if config.kv_memory is not None:
+        budget = parse_size(config.kv_memory, "kv_memory")
+        source = f"kv_memory {config.kv_memory}"
+    else:
+        fraction = config.memory_fraction or (0.9 if device.type == "cuda" else 0.5)
+        budget = int(free * fraction)
+        source = f"{fraction:g} of {format_size(free)} free memory"
+    blocks = budget // block_bytes
+    one = -(-max_model_len // config.block_size)
+    if config.kv_memory is None:
+        blocks = min(blocks, one * config.max_num_seqs)
+    if blocks < one:
+        fits = blocks * config.block_size
+        raise ValueError(
+            f"max_model_len: one request of {max_model_len} tokens needs {format_size(one * block_bytes)} of KV cache,"
+            f" but {source} gives room for {fits} tokens; set --max-model-len {max(fits, 1)} or less, or give it more"
+            " memory"
+        )
+    return blocks
+
+
+def choose_device(option: str) -> torch.device:
+    """Raises ValueError when CUDA is asked for and there is none."""
+    has_cuda = torch.cuda.is_available()
+    if option == "cuda" and not has_cuda:
+        raise ValueError("device: cuda was asked for, but PyTorch sees no CUDA device; use --device cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda and option != "cpu" else torch.device("cpu")

@@ -1,0 +1,81 @@
+"""The MoE layer: the experts function that transformers' models call after their own router has chosen.
+
+T: tokens, K: experts per token, D: hidden size, E: experts, R: rows (token and expert pairs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations import moe as transformers_moe
+
+from ..kernels.grouped_mm import grouped_mm
+from .dispatch import LocalDispatcher
+from .experts import ExpertPool
+
+_DEFAULT_GATE = getattr(transformers_moe, "_default_apply_gate", None)
+
+
+SMALL_ROWS = 16
+"""Mean rows per expert up to which the compiled CPU kernel beats one GEMM per expert."""
+
+
+class MoELayer:
+    """One layer's experts: dispatches rows to them, runs them, combines. Counts the tokens of each expert."""
+
+    def __init__(self, module: nn.Module, pool: ExpertPool):
+        self.pool = pool
+        self.dispatcher = LocalDispatcher(pool.num_slots)
+        self.gate: Any = module._apply_gate if pool.spec.has_gate else module.act_fn
+        self.is_swiglu = (
+            pool.spec.has_gate
+            and not pool.spec.has_bias
+            and getattr(type(module), "_apply_gate", None) is _DEFAULT_GATE
+            and isinstance(module.act_fn, nn.SiLU)
+        )
+        self._small = _small_rows_function(pool) if self.is_swiglu else None
+        self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.up_SND.device)
+
+    def __call__(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """The experts' weighted outputs [T, D] for the router's choice."""
+        pool = self.pool
+        if self._small is not None and ids_TK.numel() <= SMALL_ROWS * pool.num_slots:
+            out_TD, counts_E = self._small(x_TD, ids_TK, weights_TK, pool.up_SND, pool.down_SDI)
+            self.counts_E += counts_E
+            return out_TD
+        rows_RD, counts_S, state = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+        self.counts_E += counts_S
+        h_RI = self.gate(grouped_mm(rows_RD, pool.up_SND, counts_S, pool.up_bias_SN))
+        y_RD = grouped_mm(h_RI, pool.down_SDI, counts_S, pool.down_bias_SD)
+        return self.dispatcher.combine(y_RD, state)
+
+
+def _small_rows_function(pool: ExpertPool) -> Any:
+    """One compiled call for a whole layer with few rows per expert, where there is one."""
+    if pool.up_SND.device.type != "cpu" or pool.up_SND.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    from ..kernels.small_experts import small_experts
+
+    return small_experts
+
+
+class MoEFunction:
+    """The function registered with transformers: finds the layer of the module that calls."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, MoELayer] = {}
+
+    def add(self, module: nn.Module, layer: MoELayer) -> None:
+        self._layers[id(module)] = layer
+
+    @property
+    def layers(self) -> list[MoELayer]:
+        return list(self._layers.values())
+
+    def __call__(
+        self, module: nn.Module, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        assert not kwargs, f"unknown arguments {list(kwargs)}"
+        return self._layers[id(module)](x_TD, ids_TK, weights_TK)

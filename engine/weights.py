@@ -1,0 +1,328 @@
+"""From a checkpoint's tensors to the model's: names and layouts through transformers' own conversion mapping.
+
+`WeightMap` decides, from names and shapes alone, which stored tensors make which parameter, and refuses what is
+missing, extra or wrongly shaped. `load_dense` fills everything but the experts; `ExpertReader` reads one expert at a
+time, from per-expert tensors or from slices of fused ones, so that a rank or an offload store reads only what it
+owns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from .checkpoint import Checkpoint
+from .model import ExpertsSpec
+
+
+@dataclass
+class Recipe:
+    """How one parameter (or, for one-to-many conversions, several) is made: stored names per source pattern, in
+    order.
+    """
+
+    target: str
+    converter: WeightConverter | None
+    sources: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.sources.values() for name in names]
+
+    def convert(self, tensors: dict[str, list[torch.Tensor]], config: Any) -> dict[str, torch.Tensor]:
+        """Applies the conversion to tensors in the place of the sources: full parameter names to tensors."""
+        if self.converter is None:
+            ((only,),) = tensors.values()
+            return {self.target: only}
+        made: dict[str, Any] = dict(tensors)
+        for operation in self.converter.operations:
+            made = operation.convert(
+                made,
+                source_patterns=self.converter.source_patterns,
+                target_patterns=self.converter.target_patterns,
+                full_layer_name=self.target,
+                model=None,
+                config=config,
+                missing_keys=None,
+            )
+        first = self.converter.target_patterns[0]
+        return {
+            self.target.replace(first, pattern): value[0] if isinstance(value, list) else value
+            for pattern, value in made.items()
+        }
+
+    @property
+    def targets(self) -> list[str]:
+        if self.converter is None:
+            return [self.target]
+        first = self.converter.target_patterns[0]
+        return [self.target.replace(first, pattern) for pattern in self.converter.target_patterns]
+
+
+class WeightMap:
+    """Which stored tensors make which parameters of `model`. Raises ValueError naming tensor, file, expected and
+    found.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, experts: tuple[ExpertsSpec, ...]):
+        self.model = model
+        self.checkpoint = checkpoint
+        self.expected = dict(model.state_dict())
+        self.experts = {f"{spec.module}.{name}": spec for spec in experts for name in spec.parameters}
+        self.recipes: dict[str, Recipe] = {}
+        self._collect()
+        self._refuse_missing()
+
+    def _collect(self) -> None:
+        transforms = get_model_conversion_mapping(self.model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        ignored = [re.compile(p) for p in getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or []]
+        prefix = self.model.base_model_prefix
+        extra = []
+        for name in sorted(self.checkpoint.entries, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self.expected)
+            if target not in self.expected and name in self.expected:
+                target, pattern = name, None
+            if target not in self.expected:
+                if not any(p.search(name) for p in ignored):
+                    extra.append(name)
+                continue
+            converter = by_pattern[pattern] if pattern is not None else None
+            recipe = self.recipes.setdefault(target, Recipe(target=target, converter=converter))
+            if recipe.converter is not converter or (converter is None and recipe.names):
+                raise ValueError(
+                    f"checkpoint: {name} and {recipe.names[0]} both stand for {target}; expected one of them"
+                )
+            recipe.sources[pattern or name].append(name)
+        if extra:
+            name = extra[0]
+            raise ValueError(
+                f"checkpoint: unexpected tensor {name} in {self._where(name)}: the model has no parameter for it;"
+                f" expected none, found {len(extra)} such tensors"
+            )
+
+    def _refuse_missing(self) -> None:
+        made = {target for recipe in self.recipes.values() for target in recipe.targets}
+        tied = self.model.all_tied_weights_keys
+        for target, tensor in self.expected.items():
+            if target in made or (target in tied and (tied[target] in made or tied[target] in tied)):
+                continue
+            raise ValueError(
+                f"checkpoint: tensor {target} is missing from {self.checkpoint.path}: expected shape"
+                f" {list(tensor.shape)}, found none"
+            )
+        for recipe in self.recipes.values():
+            self._check_sources(recipe)
+
+    def _check_sources(self, recipe: Recipe) -> None:
+        """Counts and shapes of a recipe's sources, so far as they can be known before converting."""
+        entries = self.checkpoint.entries
+        if recipe.converter is None:
+            wanted, found = tuple(self.expected[recipe.target].shape), entries[recipe.names[0]].shape
+            if wanted != found:
+                self._wrong_shape(recipe.names[0], wanted)
+            return
+        stacks = _stacks_first(recipe.converter)
+        count = self.expected[recipe.target].shape[0] if stacks else 1
+        for pattern in recipe.converter.source_patterns:
+            names = recipe.sources.get(pattern, [])
+            if stacks and len(names) != count:
+                raise ValueError(
+                    f"checkpoint: {_missing_of(names, count) or pattern} is missing for {recipe.target}: expected"
+                    f" {count} tensors like {pattern}, found {len(names)}"
+                    + (f" in {self._where(names[0])}" if names else "")
+                )
+            if not names:
+                raise ValueError(f"checkpoint: no tensor like {pattern} for {recipe.target}: expected {count}, found 0")
+            usual = Counter(entries[name].shape for name in names).most_common(1)[0][0]
+            for name in names:
+                if entries[name].shape != usual:
+                    self._wrong_shape(name, usual)
+
+    def _wrong_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        found = list(self.checkpoint.entries[name].shape)
+        raise ValueError(
+            f"checkpoint: tensor {name} in {self._where(name)}: expected shape {list(wanted)}, found {found}"
+        )
+
+    def check_made(self, recipe: Recipe, target: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        """Raises ValueError when a conversion made another shape than the model has."""
+        if shape != wanted:
+            name = recipe.names[0]
+            raise ValueError(
+                f"checkpoint: tensor {name} in {self._where(name)} (shape {list(self.checkpoint.entries[name].shape)})"
+                f" makes {target}: expected shape {list(wanted)}, found {list(shape)}"
+            )
+
+    def _where(self, name: str) -> str:
+        return self.checkpoint.entries[name].file.name
+
+    @property
+    def dense(self) -> list[Recipe]:
+        """Recipes of everything but experts, in file order."""
+        recipes = [r for target, r in self.recipes.items() if target not in self.experts]
+        return sorted(recipes, key=lambda r: (str(self.checkpoint.entries[r.names[0]].file), r.names[0]))
+
+    def reader(self, spec: ExpertsSpec) -> ExpertReader:
+        return ExpertReader(self, spec)
+
+    def dtype_of(self, target: str) -> torch.dtype:
+        """The type a parameter is kept in: the model's, or float32 where the architecture asks for it."""
+        dtype = self.expected[target].dtype
+        model = self.model
+        keep = list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
+        if dtype == torch.float16:
+            keep += list(getattr(model, "_keep_in_fp32_modules", None) or [])
+        if dtype in (torch.float16, torch.bfloat16) and any(re.search(k.replace("*", ".*"), target) for k in keep):
+            return torch.float32
+        return dtype
+
+
+class ExpertReader:
+    """Reads the experts of one MoE layer one by one, in the model's layout."""
+
+    def __init__(self, weights: WeightMap, spec: ExpertsSpec):
+        self.spec = spec
+        self._weights = weights
+        self._recipes = {name: weights.recipes[f"{spec.module}.{name}"] for name in spec.parameters}
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Shape of one expert's part of a stacked parameter."""
+        return tuple(self._weights.expected[f"{self.spec.module}.{parameter}"].shape[1:])
+
+    def dtype(self, parameter: str) -> torch.dtype:
+        return self._weights.dtype_of(f"{self.spec.module}.{parameter}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one expert as kept in memory."""
+        return sum(self.dtype(p).itemsize * _size(self.shape(p)) for p in self.spec.parameters)
+
+    def read(self, expert: int) -> dict[str, torch.Tensor]:
+        """Parameters of one expert, each of `shape(parameter)`, in the checkpoint's type; copy what is kept."""
+        return {name: self._read(recipe, expert) for name, recipe in self._recipes.items()}
+
+    def _read(self, recipe: Recipe, expert: int) -> torch.Tensor:
+        weights = self._weights
+        checkpoint = weights.checkpoint
+        tensors: dict[str, list[torch.Tensor]]
+        if recipe.converter is None or _slicewise(recipe.converter):
+            tensors = {p: [checkpoint.read_row(names[0], expert)] for p, names in recipe.sources.items()}
+        elif _stacks(recipe.converter):
+            tensors = {p: [checkpoint.read(recipe.sources[p][expert])] for p in recipe.converter.source_patterns}
+        else:
+            raise ValueError(
+                f"checkpoint: {recipe.target} is made by {recipe.converter.operations}, which mixes experts; expected"
+                " one tensor per expert or a tensor whose first dimension is the experts"
+            )
+        made = recipe.convert(tensors, weights.model.config)[recipe.target]
+        weights.check_made(recipe, recipe.target, tuple(made.shape), (1, *weights.expected[recipe.target].shape[1:]))
+        return made[0]
+
+
+def load_dense(weights: WeightMap, device: torch.device) -> Iterator[int]:
+    """Reads every parameter and buffer but the experts' into the model, on `device`; yields bytes read as it goes."""
+    model, checkpoint = weights.model, weights.checkpoint
+    loaded = set()
+    for recipe in weights.dense:
+        tensors = {p: [checkpoint.read(n) for n in names] for p, names in recipe.sources.items()}
+        for target, tensor in recipe.convert(tensors, model.config).items():
+            weights.check_made(recipe, target, tuple(tensor.shape), tuple(weights.expected[target].shape))
+            # The mapping of the file must not stay alive through a parameter: always a copy.
+            kept = tensor.to(device=device, dtype=weights.dtype_of(target), copy=True)
+            _assign(model, target, kept.contiguous())
+            loaded.add(target)
+        yield sum(checkpoint.entries[n].nbytes for n in recipe.names)
+    _tie(model, loaded)
+    for name, buffer in list(model.named_buffers()):
+        if not buffer.is_meta and buffer.device != device:
+            _assign(model, name, buffer.to(device))
+    left = [n for n, t in model.state_dict().items() if t.is_meta and n not in weights.experts]
+    assert not left, f"not loaded: {left}"
+
+
+def _tie(model: PreTrainedModel, loaded: set[str]) -> None:
+    """Parameters that the checkpoint leaves out because they are another one's."""
+    tied = model.all_tied_weights_keys
+    for target in tied:
+        if target in loaded:
+            continue
+        source = target
+        while source in tied and source not in loaded:
+            source = tied[source]
+        _assign(model, target, model.get_parameter(source))
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    elif isinstance(tensor, nn.Parameter):
+        module._parameters[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _stacks_first(converter: WeightConverter) -> bool:
+    """Whether the first operation stacks one tensor per expert."""
+    first = converter.operations[0]
+    return isinstance(first, MergeModulelist) and first.dim == 0
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether an expert is made of its own tensors alone."""
+    return _stacks_first(converter) and _slicewise_operations(converter.operations[1:])
+
+
+def _slicewise(converter: WeightConverter) -> bool:
+    return not any(isinstance(o, MergeModulelist) for o in converter.operations) and _slicewise_operations(
+        converter.operations
+    )
+
+
+def _slicewise_operations(operations: list[Any]) -> bool:
+    """Whether each operation says that it works along other dimensions than the experts'."""
+    for operation in operations:
+        dims = [v for k, v in vars(operation).items() if k.startswith("dim") and isinstance(v, int)]
+        if not dims or any(d == 0 for d in dims):
+            return False
+    return True
+
+
+def _missing_of(names: list[str], count: int) -> str:
+    """The first of `count` numbered names that is not in `names`, worked out from those that are."""
+    if not names:
+        return ""
+    pieces = [re.split(r"(\d+)", name) for name in names]
+    for position in range(1, len(pieces[0]), 2):
+        numbers = {int(p[position]) for p in pieces}
+        if len(numbers) == len(names) and len(names) > 1:
+            absent = min(set(range(count)) - numbers, default=None)
+            if absent is not None:
+                return "".join([*pieces[0][:position], str(absent), *pieces[0][position + 1 :]])
+    return ""
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

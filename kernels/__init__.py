@@ -1,0 +1,1 @@
+"""Maths on tensors. Imports nothing else of this package."""

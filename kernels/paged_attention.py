@@ -1,0 +1,332 @@
+"""Attention of one new token per sequence over its paged key and value cache, on the CPU.
+
+The cache is read in place. A sequence's history is cut into chunks at multiples of 256 positions; every (chunk,
+key head) is one piece of work with its own softmax, and the pieces are merged in order (as in FlashDecoding,
+https://pytorch.org/blog/flash-decoding/). So the work divides evenly over threads whatever the lengths, and a
+sequence's result depends neither on the number of threads nor on its neighbours.
+
+Legend: S sequences, H query heads, Hk key heads, G = H / Hk, D key width, Dv value width.
+"""
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from .compiled import (
+    exp,
+    get_bfloat16,
+    get_float32,
+    get_int32,
+    get_int64,
+    kernel,
+    put_float32,
+    put_int64,
+    serial_kernel,
+    set_workers,
+    stack_buffer,
+    tanh,
+    workers_for,
+)
+from .grouped_linear import check_weight, store_row
+from .tile import FLOAT32, dot_block, kind_of
+
+_CHUNK = 256
+
+# Value rows widened to float32 together, and the widest value row.
+_VALUES = 4
+_MAX_VALUE_WIDTH = 1024
+_value_rows = stack_buffer(_VALUES * _MAX_VALUE_WIDTH)
+
+
+@njit
+def _first_chunk(length, window):
+    return (max(length - window, 0) if window else 0) // _CHUNK
+
+
+@njit
+def _plan(sequences, key_heads, lengths, window, table, table_stride, blocks, block_size, limit, pieces):
+    """Write to `pieces` (int64 [S + 1]) where each sequence's pieces of work start; return how many there are,
+    or -1 - s if sequence s is longer than its row of the table, or names a block that does not exist."""
+    total = 0
+    for s in range(sequences):
+        put_int64(pieces, s, total)
+        length = np.int64(get_int32(lengths, s))
+        if length < 0 or length > limit:
+            return -1 - s
+        first = _first_chunk(length, window)
+        for b in range(first * _CHUNK // block_size, (length + block_size - 1) // block_size):
+            block = get_int32(table, s * table_stride + b)
+            if block < 0 or block >= blocks:
+                return -1 - s
+        total += ((length + _CHUNK - 1) // _CHUNK - first) * key_heads
+    put_int64(pieces, sequences, total)
+    return total
+
+
+@njit(fastmath={"nnan", "nsz", "reassoc"})
+def _maximum(values, n):
+    best = get_float32(values, 0)
+    for i in range(1, n):
+        best = max(best, get_float32(values, i))
+    return best
+
+
+@njit(fastmath={"reassoc"})
+def _exponentials(values, n, top):
+    """values[i] = e**(values[i] - top); returns their sum."""
+    for i in range(n):
+        put_float32(values, i, exp(get_float32(values, i) - top))
+    total = np.float32(0.0)
+    for i in range(n):
+        total += get_float32(values, i)
+    return total
+
+
+@njit
+def _scale(values, n, scale, softcap):
+    if softcap > 0:
+        for i in range(n):
+            put_float32(values, i, softcap * tanh(get_float32(values, i) * scale / softcap))
+    else:
+        for i in range(n):
+            put_float32(values, i, get_float32(values, i) * scale)
+
+
+@njit(fastmath={"contract"})
+def _add_rows(out, weights, values, width):
+    """out += weights[0..3] @ values, values being four float32 rows."""
+    w0, w1, w2, w3 = (
+        get_float32(weights, 0),
+        get_float32(weights, 1),
+        get_float32(weights, 2),
+        get_float32(weights, 3),
+    )
+    for d in range(width):
+        total = get_float32(out, d) + w0 * get_float32(values, d)
+        total = total + w1 * get_float32(values, width + d)
+        total = total + w2 * get_float32(values, 2 * width + d)
+        put_float32(out, d, total + w3 * get_float32(values, 3 * width + d))
+
+
+@njit(fastmath={"contract"})
+def _add_row(out, weight, values, width):
+    for d in range(width):
+        put_float32(out, d, get_float32(out, d) + weight * get_float32(values, d))
+
+
+@njit
+def _widen_row(kind, row, out, width):
+    if kind == FLOAT32:
+        for d in range(width):
+            put_float32(out, d, get_float32(row, d))
+    else:
+        for d in range(width):
+            put_float32(out, d, get_bfloat16(row, d))
+
+
+@njit
+def _add_values(kind, row, stride, n, group, weights, out, width):
+    """out[g] += sum over n value rows of weights[g, i] * row i; weights rows are _CHUNK apart."""
+    wide = _value_rows()
+    i = 0
+    while i + _VALUES <= n:
+        for j in range(_VALUES):
+            _widen_row(kind, row + (i + j) * stride, wide + 4 * j * width, width)
+        for g in range(group):
+            _add_rows(out + 4 * g * width, weights + 4 * (g * _CHUNK + i), wide, width)
+        i += _VALUES
+    while i < n:
+        _widen_row(kind, row + i * stride, wide, width)
+        for g in range(group):
+            _add_row(out + 4 * g * width, get_float32(weights, g * _CHUNK + i), wide, width)
+        i += 1
+
+
+@njit
+def _pieces_part(
+    part, parts, kind, sequences, heads, key_heads, width, value_width, q_rows, keys, key_block, key_position,
+    key_head, values, value_block, value_position, value_head, block_size, table, table_stride, lengths, window,
+    scale, softcap, pieces, scores, tops, sums, outs,
+):  # fmt: skip
+    """One worker's pieces. Writes for each piece and head of its group: largest score, sum of exponentials, and
+    the exponentials' sum of values. Strides are in bytes."""
+    group = heads // key_heads
+    total = get_int64(pieces, sequences)
+    s = 0
+    for piece in range(total * part // parts, total * (part + 1) // parts):
+        while piece >= get_int64(pieces, s + 1):
+            s += 1
+        local = piece - get_int64(pieces, s)
+        head = local % key_heads
+        length = np.int64(get_int32(lengths, s))
+        chunk = _first_chunk(length, window) + local // key_heads
+        begin = max(chunk * _CHUNK, length - window if window else 0)
+        end = min((chunk + 1) * _CHUNK, length)
+        q = q_rows + 8 * (s * heads + head * group)
+
+        at = begin
+        while at < end:
+            n = min(block_size - at % block_size, end - at)
+            block = np.int64(get_int32(table, s * table_stride + at // block_size))
+            row = keys + block * key_block + at % block_size * key_position + head * key_head
+            dot_block(kind, q, group, row, key_position, n, width, scores + 4 * (at - begin), np.int64(_CHUNK))
+            at += n
+        out = outs + 4 * piece * group * value_width
+        for g in range(group):
+            row_scores = scores + 4 * g * _CHUNK
+            _scale(row_scores, end - begin, scale, softcap)
+            top = _maximum(row_scores, end - begin)
+            put_float32(tops, piece * group + g, top)
+            put_float32(sums, piece * group + g, _exponentials(row_scores, end - begin, top))
+        for i in range(group * value_width):
+            put_float32(out, i, np.float32(0.0))
+        at = begin
+        while at < end:
+            n = min(block_size - at % block_size, end - at)
+            block = np.int64(get_int32(table, s * table_stride + at // block_size))
+            row = values + block * value_block + at % block_size * value_position + head * value_head
+            _add_values(kind, row, value_position, n, group, scores + 4 * (at - begin), out, value_width)
+            at += n
+
+
+@njit
+def _merge_part(part, parts, kind, sequences, heads, key_heads, width, sinks, pieces, tops, sums, outs, out):
+    """One worker's heads of the result, from their pieces."""
+    size = 4 if kind == FLOAT32 else 2
+    group = heads // key_heads
+    total = _value_rows()
+    for row in range(sequences * heads * part // parts, sequences * heads * (part + 1) // parts):
+        s, head = row // heads, row % heads
+        first, last = get_int64(pieces, s) + head // group, get_int64(pieces, s + 1)
+        for i in range(width):
+            put_float32(total, i, np.float32(0.0))
+        if first < last:
+            top = get_float32(sinks, head) if sinks else get_float32(tops, first * group + head % group)
+            for piece in range(first, last, key_heads):
+                top = max(top, get_float32(tops, piece * group + head % group))
+            below = exp(get_float32(sinks, head) - top) if sinks else np.float32(0.0)
+            for piece in range(first, last, key_heads):
+                place = piece * group + head % group
+                factor = exp(get_float32(tops, place) - top)
+                below += factor * get_float32(sums, place)
+                _add_row(total, factor, outs + 4 * place * width, width)
+            for i in range(width):
+                put_float32(total, i, get_float32(total, i) / below)
+        store_row(kind, total, width, out + row * width * size)
+
+
+@kernel
+def _attention(
+    workers, kind, sequences, heads, key_heads, width, value_width, q, q_sequence, q_head, q_rows, keys, key_block,
+    key_position, key_head, values, value_block, value_position, value_head, block_size, table, table_stride,
+    lengths, window, scale, softcap, sinks, pieces, scores, tops, sums, outs, out,
+):  # fmt: skip
+    for s in range(sequences):
+        for h in range(heads):
+            put_int64(q_rows, s * heads + h, q + s * q_sequence + h * q_head)
+    scale, softcap = np.float32(scale), np.float32(softcap)
+    if workers == 1:  # without a parallel region
+        part = np.int64(0)
+        _pieces_part(
+            part, workers, kind, sequences, heads, key_heads, width, value_width, q_rows, keys, key_block,
+            key_position, key_head, values, value_block, value_position, value_head, block_size, table, table_stride,
+            lengths, window, scale, softcap, pieces, scores, tops, sums, outs,
+        )  # fmt: skip
+        _merge_part(
+            part, workers, kind, sequences, heads, key_heads, value_width, sinks, pieces, tops, sums, outs, out
+        )
+    else:
+        set_workers(workers)
+        for p in prange(workers):
+            part = np.int64(p)
+            own = scores + part * (heads // key_heads) * 4 * _CHUNK
+            _pieces_part(
+                part, workers, kind, sequences, heads, key_heads, width, value_width, q_rows, keys, key_block,
+                key_position, key_head, values, value_block, value_position, value_head, block_size, table,
+                table_stride, lengths, window, scale, softcap, pieces, own, tops, sums, outs,
+            )  # fmt: skip
+        for p in prange(workers):
+            _merge_part(
+                np.int64(p), workers, kind, sequences, heads, key_heads, value_width, sinks, pieces, tops, sums,
+                outs, out,
+            )  # fmt: skip
+
+
+@serial_kernel
+def _run_plan(sequences, key_heads, lengths, window, table, table_stride, blocks, block_size, limit, pieces):
+    return _plan(sequences, key_heads, lengths, window, table, table_stride, blocks, block_size, limit, pieces)
+
+
+def paged_decode_attention(
+    q_SHD: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    sinks_H: torch.Tensor | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """out_SHDv: each sequence's last token (position seq_lens[s] - 1, already in the cache) attends over its history.
+
+    key_cache [blocks, block_size, Hk, D] and value_cache [blocks, block_size, Hk, Dv], float32 or bfloat16
+    like q, with contiguous last dimensions; block_table int32 [S, max_blocks] and seq_lens int32 [S]. H is a multiple
+    of Hk. window > 0 keeps positions above seq_lens - 1 - window. sinks_H adds one logit per head to the softmax's
+    denominator. softcap > 0 replaces a score s by softcap * tanh(s / softcap). A length of 0 gives zeros.
+    """
+    kind = kind_of(q_SHD.dtype)
+    sequences, heads, width = q_SHD.shape
+    blocks, block_size, key_heads, _ = key_cache.shape
+    value_width = value_cache.shape[3]
+    for name, tensor, shape in (
+        ("q_SHD", q_SHD, (sequences, heads, width)),
+        ("key_cache", key_cache, (blocks, block_size, key_heads, width)),
+        ("value_cache", value_cache, (blocks, block_size, key_heads, value_width)),
+    ):
+        if tensor.shape != shape or tensor.dtype is not q_SHD.dtype or tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: {list(shape)} of {q_SHD.dtype} with a contiguous last dimension is needed, not "
+                f"{list(tensor.shape)} of {tensor.dtype} with strides {list(tensor.stride())}"
+            )
+    check_weight("seq_lens", seq_lens, (sequences,), torch.int32)
+    check_weight("block_table", block_table, (sequences, None), torch.int32)
+    if heads % key_heads:
+        raise ValueError(f"q_SHD: {heads} query heads are not a multiple of {key_heads} key heads")
+    if value_width > _MAX_VALUE_WIDTH:
+        raise ValueError(f"value_cache: rows of {value_width} values are too wide; the limit is {_MAX_VALUE_WIDTH}")
+    sinks = None
+    if sinks_H is not None:
+        sinks = sinks_H.to(torch.float32).contiguous()
+        check_weight("sinks_H", sinks, (heads,), torch.float32)
+
+    out = q_SHD.new_empty(sequences, heads, value_width)
+    pieces = torch.empty(sequences + 1, dtype=torch.int64)
+    limit = block_table.shape[1] * block_size
+    total = _run_plan(
+        sequences, key_heads, seq_lens.data_ptr(), window, block_table.data_ptr(), block_table.stride(0), blocks,
+        block_size, limit, pieces.data_ptr(),
+    )  # fmt: skip
+    if total < 0:
+        s = -1 - total
+        raise ValueError(
+            f"block_table: sequence {s} of {int(seq_lens[s])} tokens needs more blocks of {block_size} than its row "
+            f"has, or one outside 0..{blocks - 1}"
+        )
+    size = q_SHD.element_size()
+    group = heads // key_heads
+    workers = workers_for(total * min(_CHUNK, limit) * (width + value_width) * size)
+    rows = torch.empty(sequences * heads, dtype=torch.int64)
+    room = torch.empty(workers * group * _CHUNK + total * group * (2 + value_width), dtype=torch.float32)
+    scores = room.data_ptr()
+    tops = scores + 4 * workers * group * _CHUNK
+    sums = tops + 4 * total * group
+    q, k, v = ([step * size for step in t.stride()] for t in (q_SHD, key_cache, value_cache))
+    _attention(
+        workers, kind, sequences, heads, key_heads, width, value_width, q_SHD.data_ptr(), q[0], q[1],
+        rows.data_ptr(), key_cache.data_ptr(), k[0], k[1], k[2], value_cache.data_ptr(), v[0], v[1], v[2],
+        block_size, block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(), window, float(scale),
+        float(softcap), 0 if sinks is None else sinks.data_ptr(), pieces.data_ptr(), scores, tops, sums,
+        sums + 4 * total * group, out.data_ptr(),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,1 @@
+"""Processes, HTTP, the front end and metrics."""

@@ -1,0 +1,138 @@
+"""Prometheus metrics, under vLLM's names with our prefix, and expert load per layer.
+
+`Metrics` is the front end's observer. Request latencies are observed as they happen; what the rank counts comes as
+`Stats` and becomes Prometheus counters by difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..engine.messages import Stats
+
+PREFIX = "moeyard:"
+SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
+
+# Stats field, metric, help: totals since the start of the rank.
+_COUNTERS = (
+    ("prompt_tokens", "prompt_tokens", "Prompt tokens of the requests that the engine has prefilled."),
+    ("generated_tokens", "generation_tokens", "Tokens generated."),
+    ("prefix_queried_tokens", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    ("prefix_hit_tokens", "prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    ("preemptions", "num_preemptions", "Requests that lost their KV blocks and will be computed again."),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLoad:
+    """How evenly the tokens of one MoE layer went over its experts, since the engine's start.
+
+    `balancedness` is mean over max of the experts' tokens: 1 is even, 1/experts is everything on one. `top_share` is
+    the share of all (token, expert) pairs that the busiest expert, `top_expert`, took.
+    """
+
+    layer: int
+    assignments: int
+    balancedness: float
+    top_expert: int
+    top_share: float
+
+
+def expert_load(counts: Sequence[Sequence[int]]) -> list[ExpertLoad]:
+    """Load of each layer of `counts` [layer][expert]; layers that have seen no token are left out."""
+    loads = []
+    for layer, row in enumerate(counts):
+        total = sum(row)
+        if total == 0:
+            continue
+        top = max(range(len(row)), key=row.__getitem__)
+        loads.append(
+            ExpertLoad(
+                layer=layer,
+                assignments=total,
+                balancedness=total / len(row) / row[top],
+                top_expert=top,
+                top_share=row[top] / total,
+            )
+        )
+    return loads
+
+
+class Metrics:
+    """Implements the front end's observer; `render` gives the text that Prometheus scrapes."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.expert_counts: list[list[int]] = []
+        self._seen = Stats()
+        self._running = self._gauge("num_requests_running", "Requests in the engine's current steps.")
+        self._waiting = self._gauge("num_requests_waiting", "Requests waiting for their first step.")
+        self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.")
+        self._counters = [(name, self._counter(metric, text)) for name, metric, text in _COUNTERS]
+        self._finished = self._counter("request_success", "Requests that ended, by reason.", "finished_reason")
+        for reason in ("stop", "length", "abort", "error"):
+            self._finished.labels(reason)  # a series that starts at 0
+        self._ttft = self._histogram("time_to_first_token_seconds", "From a request's arrival to its first token.")
+        self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens of one output.")
+        self._e2e = self._histogram("e2e_request_latency_seconds", "From a request's arrival to its last token.")
+        self._queue = self._histogram("request_queue_time_seconds", "From arrival at the rank to the first step.")
+        self._prefill = self._histogram("request_prefill_time_seconds", "From the first step to the first token.")
+        self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of finished requests.", TOKENS)
+        self._generated = self._histogram("request_generation_tokens", "Generated tokens of finished requests.", TOKENS)
+        self._balance = self._gauge(
+            "moe_expert_balancedness", "Mean over max of the experts' tokens since the start; 1 is even.", "layer"
+        )
+        self._top = self._gauge(
+            "moe_expert_top_share", "Share of the layer's (token, expert) pairs on its busiest expert.", "layer"
+        )
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(PREFIX + name, text, labels, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float] = SECONDS) -> Histogram:
+        return Histogram(PREFIX + name, text, registry=self.registry, buckets=buckets)
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    # The front end's observer
+
+    def on_submitted(self, prompt_tokens: int) -> None:
+        """Nothing to count yet: a request is counted when it ends."""
+
+    def on_first_token(self, queue_s: float, prefill_s: float, ttft_s: float, cached: int) -> None:
+        self._queue.observe(queue_s)
+        self._prefill.observe(prefill_s)
+        self._ttft.observe(ttft_s)
+
+    def on_token(self, itl_s: float, n: int) -> None:
+        for _ in range(n):
+            self._itl.observe(itl_s / n)
+
+    def on_finished(self, reason: str, e2e_s: float, prompt_tokens: int, output_tokens: int) -> None:
+        self._finished.labels(reason).inc()
+        self._e2e.observe(e2e_s)
+        self._prompt.observe(prompt_tokens)
+        self._generated.observe(output_tokens)
+
+    def on_stats(self, stats: Stats) -> None:
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._kv_usage.set(stats.kv_blocks_used / max(1, stats.kv_blocks_total))
+        for name, counter in self._counters:
+            total, before = getattr(stats, name), getattr(self._seen, name)
+            # A total that went down belongs to a rank that started again: all of it is new.
+            counter.inc(total - before if total >= before else total)
+        self._seen = stats
+        if stats.expert_counts is not None:
+            self.expert_counts = stats.expert_counts
+            for load in expert_load(stats.expert_counts):
+                self._balance.labels(str(load.layer)).set(load.balancedness)
+                self._top.labels(str(load.layer)).set(load.top_share)

@@ -1,0 +1,58 @@
+"""`moeyard plan`: what a checkpoint takes and what fits, from its headers alone, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+
+import psutil
+
+from ..engine.config import EngineConfig, format_size
+
+
+def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
+    """Prints the memory table. Exit code 0 when the model can be served with these options, 1 when it does not fit."""
+    from ..engine.loader import Blueprint, draw
+    from ..engine.memory import free_memory, kv_blocks
+    from ..engine.resolve import resolve_model
+
+    blueprint: Blueprint = draw(config, resolve_model(config.model, config.revision))
+    size = blueprint.footprint
+    free = free_memory(blueprint.device)
+    left = free - size.weights
+    where = "GPU" if blueprint.device.type == "cuda" else "RAM"
+
+    rows = [
+        ("dense weights", size.dense, ""),
+        (
+            "expert weights",
+            size.experts,
+            f"{size.num_experts} experts in {len(blueprint.spec.experts)} layers, {format_size(size.expert)} each",
+        ),
+        (f"free {where}", free, f"of {format_size(_total(blueprint.device.type))}"),
+        ("left for KV cache", max(left, 0), f"{format_size(size.kv_per_token)} per token"),
+    ]
+    print(f"{blueprint.spec.architecture} in {str(blueprint.dtype).removeprefix('torch.')} on {blueprint.device.type}")
+    for name, value, note in rows:
+        print(f"  {name:<20}{format_size(value):>10}  {note}".rstrip())
+    if left <= 0:
+        print(f"  does not fit: the weights need {format_size(-left)} more than is free")
+        return 1
+    try:
+        blocks = kv_blocks(config, blueprint.device, size.kv_per_token, blueprint.max_model_len, left)
+    except ValueError as error:
+        print(f"  does not fit: {error}")
+        return 1
+    tokens = blocks * config.block_size
+    print(
+        f"  {'KV cache':<20}{format_size(tokens * size.kv_per_token):>10}  {tokens} tokens:"
+        f" {tokens // blueprint.max_model_len} requests of {blueprint.max_model_len} tokens at once"
+    )
+    return 0
+
+
+def _total(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[1]
+    return psutil.virtual_memory().total
