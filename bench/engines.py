@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import report, roofline, shapes
+from . import roofline, shapes
 from .sides import Workload
 from .turns import LOG_TAIL, Side, child_environment
 
@@ -52,14 +52,14 @@ def prepare(args: argparse.Namespace, workloads: list[Workload]) -> Setup:
     from transformers import AutoConfig
 
     from ..engine.config import parse_size
-    from ..kernels.threads import recommended_environment
+    from ..kernels.threads import ENVIRONMENT, usable_cores
 
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda and torch finds no GPU; leave it out or choose cpu")
-    threads = args.threads or report.available_cores()
+    threads = args.threads or usable_cores()
     model = shapes.resolve_model(args)
     config = AutoConfig.from_pretrained(model)
     cost = roofline.model_cost(config, args.dtype)
@@ -87,7 +87,7 @@ def prepare(args: argparse.Namespace, workloads: list[Workload]) -> Setup:
         cost=cost,
         vocab=config.get_text_config().vocab_size,
         kv_bytes=kv_bytes,
-        overlay=dict(recommended_environment(threads)),
+        overlay=dict(ENVIRONMENT),
     )
 
 

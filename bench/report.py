@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import shlex
 import statistics
@@ -53,22 +52,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine_facts() -> dict[str, Any]:
     """The processor, memory, GPU and library versions that a figure depends on."""
     import psutil
     import torch
+
+    from ..kernels.threads import usable_cores
 
     gpu = ""
     if torch.cuda.is_available():
         gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return {
         "cpu": _cpu_model(),
-        "cores": available_cores(),
+        "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}",

@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations import moe as transformers_moe
+from torch.nn import functional as F
 
 from ..kernels.grouped_mm import grouped_mm
 from .dispatch import LocalDispatcher
 from .experts import ExpertPool
-
-_DEFAULT_GATE = getattr(transformers_moe, "_default_apply_gate", None)
-
 
 SMALL_ROWS = 16
 """Mean rows per expert up to which the compiled CPU kernel beats one GEMM per expert."""
@@ -29,12 +26,7 @@ class MoELayer:
         self.pool = pool
         self.dispatcher = LocalDispatcher(pool.num_slots)
         self.gate: Any = module._apply_gate if pool.spec.has_gate else module.act_fn
-        self.is_swiglu = (
-            pool.spec.has_gate
-            and not pool.spec.has_bias
-            and getattr(type(module), "_apply_gate", None) is _DEFAULT_GATE
-            and isinstance(module.act_fn, nn.SiLU)
-        )
+        self.is_swiglu = pool.spec.has_gate and not pool.spec.has_bias and _is_swiglu(self.gate, pool.up_SND.shape[1])
         self._small = _small_rows_function(pool) if self.is_swiglu else None
         self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.up_SND.device)
 
@@ -50,6 +42,13 @@ class MoELayer:
         h_RI = self.gate(grouped_mm(rows_RD, pool.up_SND, counts_S, pool.up_bias_SN))
         y_RD = grouped_mm(h_RI, pool.down_SDI, counts_S, pool.down_bias_SD)
         return self.dispatcher.combine(y_RD, state)
+
+
+def _is_swiglu(gate: Any, width: int) -> bool:
+    """Whether a gate is silu(first half) * second half, tried on numbers rather than read off its name."""
+    sample = torch.randn(4, width, generator=torch.Generator().manual_seed(0)) * 8
+    first, second = sample.chunk(2, dim=-1)
+    return torch.allclose(gate(sample), F.silu(first) * second, rtol=1e-5, atol=1e-6)
 
 
 def _small_rows_function(pool: ExpertPool) -> Any:

@@ -188,9 +188,7 @@ def _exp2_int(typingctx, value):
         )  # defined for NaN too, unlike a plain conversion
         n = builder.call(convert, [args[0]])
         power = builder.shl(builder.add(n, ir.Constant(i32, 127)), ir.Constant(i32, 23))
-        return context.make_tuple(
-            builder, signature.return_type, [builder.sitofp(n, f32), builder.bitcast(power, f32)]
-        )
+        return context.make_tuple(builder, signature.return_type, [builder.sitofp(n, f32), builder.bitcast(power, f32)])
 
     return types.UniTuple(types.float32, 2)(types.float32), codegen
 

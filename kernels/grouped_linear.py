@@ -31,8 +31,11 @@ from .tile import FLOAT32, dot_block
 # Columns worked on between two visits to the float32 scratch, and rows of it: 32 KB, which stays in the
 # nearest caches.
 COLUMNS = 64
-_ROWS = 128
-_scratch = stack_buffer(_ROWS * COLUMNS)
+ROWS = 128
+_scratch = stack_buffer(ROWS * COLUMNS)
+_addresses = stack_buffer(2 * ROWS)
+_one_group = stack_buffer(3)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SortedRows:
@@ -112,27 +115,29 @@ def _add_bias(kind, values, n, bias):
 
 
 @njit
-def row_addresses(out, rows, x, x_stride, row_index):
-    """Write the address of each row of x; row_index holds int32 row numbers, or is 0 for rows in order."""
+def row_addresses(out, first, rows, x, x_stride, row_index):
+    """Write the addresses of `rows` rows of x; row_index holds int32 row numbers, or is 0 for rows in order."""
     for r in range(rows):
-        put_int64(out, r, x + x_stride * (get_int32(row_index, r) if row_index else r))
+        put_int64(out, r, x + x_stride * (get_int32(row_index, first + r) if row_index else first + r))
 
 
 @njit
-def linear_part(part, parts, kind, x, groups, starts, experts, w, bias, n, k, y):
-    """One worker's columns of y = x @ w.T + bias for every group. x: addresses of the rows of x."""
+def linear_part(part, parts, kind, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y):
+    """One worker's columns of y = x @ w.T + bias for every group; x_stride in bytes."""
     size = 4 if kind == FLOAT32 else 2
     low, high = share(n, part, parts)
-    scratch = _scratch()
+    x_rows, scratch = _addresses(), _scratch()
     for g in range(groups):
         expert = np.int64(get_int32(experts, g))
         weight = w + expert * n * k * size
         end = np.int64(get_int32(starts, g + 1))
-        for first in range(np.int64(get_int32(starts, g)), end, _ROWS):
-            rows = min(_ROWS, end - first)
+        for first in range(np.int64(get_int32(starts, g)), end, ROWS):
+            rows = min(ROWS, end - first)
+            row_addresses(x_rows, first, rows, x, x_stride, row_index)
             for c in range(low, high, COLUMNS):
                 columns = min(COLUMNS, high - c)
-                dot_block(kind, x + 8 * first, rows, weight + c * k * size, k * size, columns, k, scratch, np.int64(COLUMNS))
+                w_rows = weight + c * k * size
+                dot_block(kind, x_rows, rows, w_rows, k * size, columns, k, scratch, np.int64(COLUMNS))
                 for r in range(rows):
                     values = scratch + 4 * r * COLUMNS
                     if bias:
@@ -141,22 +146,22 @@ def linear_part(part, parts, kind, x, groups, starts, experts, w, bias, n, k, y)
 
 
 @njit
-def gate_up_part(part, parts, kind, x, groups, starts, experts, w, n, k, h):
+def gate_up_part(part, parts, kind, x, x_stride, row_index, groups, starts, experts, w, n, k, h):
     """One worker's columns of h = silu(x @ gate.T) * (x @ up.T); gate is the first n rows of w, up the next n."""
     size = 4 if kind == FLOAT32 else 2
     low, high = share(n, part, parts)
-    gate = _scratch()
-    up = _scratch()
+    x_rows, gate, up = _addresses(), _scratch(), _scratch()
     for g in range(groups):
         weight = w + np.int64(get_int32(experts, g)) * 2 * n * k * size
         end = np.int64(get_int32(starts, g + 1))
-        for first in range(np.int64(get_int32(starts, g)), end, _ROWS):
-            rows = min(_ROWS, end - first)
+        for first in range(np.int64(get_int32(starts, g)), end, ROWS):
+            rows = min(ROWS, end - first)
+            row_addresses(x_rows, first, rows, x, x_stride, row_index)
             for c in range(low, high, COLUMNS):
                 columns = min(COLUMNS, high - c)
                 w_gate, w_up = weight + c * k * size, weight + (n + c) * k * size
-                dot_block(kind, x + 8 * first, rows, w_gate, k * size, columns, k, gate, np.int64(COLUMNS))
-                dot_block(kind, x + 8 * first, rows, w_up, k * size, columns, k, up, np.int64(COLUMNS))
+                dot_block(kind, x_rows, rows, w_gate, k * size, columns, k, gate, np.int64(COLUMNS))
+                dot_block(kind, x_rows, rows, w_up, k * size, columns, k, up, np.int64(COLUMNS))
                 for r in range(rows):
                     values, ups = gate + 4 * r * COLUMNS, up + 4 * r * COLUMNS
                     for i in range(columns):
@@ -165,25 +170,30 @@ def gate_up_part(part, parts, kind, x, groups, starts, experts, w, n, k, h):
 
 
 @njit
-def _grouped_part(part, parts, kind, gated, groups, starts, experts, x, w, bias, n, k, y):
+def _grouped_part(part, parts, kind, gated, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y):
     if gated:
-        gate_up_part(part, parts, kind, x, groups, starts, experts, w, n, k, y)
+        gate_up_part(part, parts, kind, x, x_stride, row_index, groups, starts, experts, w, n, k, y)
     else:
-        linear_part(part, parts, kind, x, groups, starts, experts, w, bias, n, k, y)
+        linear_part(part, parts, kind, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y)
 
 
 @kernel
-def run_grouped(
-    workers, kind, gated, groups, starts, experts, rows, x, x_stride, row_index, x_rows, w, bias, n, k, y
-):
-    """All groups; x_rows is room for `rows` addresses. x_stride is in bytes."""
-    row_addresses(x_rows, rows, x, x_stride, row_index)
+def run_grouped(workers, kind, gated, rows, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y):
+    """All groups. With starts 0 there is one, of all rows."""
+    if not starts:
+        starts = _one_group()
+        experts = starts + 8
+        put_int32(starts, 0, np.int32(0))
+        put_int32(starts, 1, np.int32(rows))
+        put_int32(experts, 0, np.int32(0))
     if workers == 1:  # without a parallel region
-        _grouped_part(np.int64(0), workers, kind, gated, groups, starts, experts, x_rows, w, bias, n, k, y)
+        part = np.int64(0)
+        _grouped_part(part, workers, kind, gated, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y)
     else:
         set_workers(workers)
         for p in prange(workers):
-            _grouped_part(np.int64(p), workers, kind, gated, groups, starts, experts, x_rows, w, bias, n, k, y)
+            part = np.int64(p)
+            _grouped_part(part, workers, kind, gated, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y)
 
 
 @njit
@@ -293,12 +303,11 @@ def _run(x, weight, n, gated, bias, starts, experts, row_index):
     y = x.new_empty(rows, n)
     if rows == 0 or len(experts) == 0:
         return y
-    addresses = torch.empty(rows, dtype=torch.int64)
     size = x.element_size()
     run_grouped(
-        workers_for(weight[0].numel() * size * len(experts)), kind, gated, len(experts), starts.data_ptr(),
-        experts.data_ptr(), rows, x.data_ptr(), x.stride(0) * size, address(row_index), addresses.data_ptr(),
-        weight.data_ptr(), address(bias), n, x.shape[1], y.data_ptr(),
+        workers_for(weight[0].numel() * size * len(experts)), kind, gated, rows, x.data_ptr(), x.stride(0) * size,
+        address(row_index), len(experts), starts.data_ptr(), experts.data_ptr(), weight.data_ptr(), address(bias), n,
+        x.shape[1], y.data_ptr(),
     )  # fmt: skip
     return y
 

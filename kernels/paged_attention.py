@@ -232,9 +232,7 @@ def _attention(
             key_position, key_head, values, value_block, value_position, value_head, block_size, table, table_stride,
             lengths, window, scale, softcap, pieces, scores, tops, sums, outs,
         )  # fmt: skip
-        _merge_part(
-            part, workers, kind, sequences, heads, key_heads, value_width, sinks, pieces, tops, sums, outs, out
-        )
+        _merge_part(part, workers, kind, sequences, heads, key_heads, value_width, sinks, pieces, tops, sums, outs, out)
     else:
         set_workers(workers)
         for p in prange(workers):

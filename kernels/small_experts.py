@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from .compiled import get_int32, kernel, put_int32, set_workers, share, workers_for
+from .compiled import get_int32, kernel, put_int32, set_workers, share, stack_buffer, workers_for
 from .grouped_linear import (
     COLUMNS,
+    ROWS,
     check_pairs,
     check_rows,
     check_weight,
@@ -20,21 +21,26 @@ from .grouped_linear import (
 )
 from .tile import FLOAT32, dot_block, kind_of
 
+_addresses = stack_buffer(2 * ROWS)
+
 
 @njit
 def _down_part(part, parts, kind, h, groups, starts, experts, w, n, k, y, position, weights, tokens, top_k, out):
-    """One worker's columns of the down projection and the weighted sum. h: addresses of the rows of h; y: float32
-    room for COLUMNS columns of every row, the worker's own."""
+    """One worker's columns of the down projection and the weighted sum. y: float32 room for COLUMNS columns of
+    every row, the worker's own."""
     size = 4 if kind == FLOAT32 else 2
     low, high = share(n, part, parts)
+    h_rows = _addresses()
     for c in range(low, high, COLUMNS):
         columns = min(COLUMNS, high - c)
         for g in range(groups):
-            first = np.int64(get_int32(starts, g))
-            rows = get_int32(starts, g + 1) - first
             weight = w + (np.int64(get_int32(experts, g)) * n + c) * k * size
-            place = y + 4 * first * COLUMNS
-            dot_block(kind, h + 8 * first, rows, weight, k * size, columns, k, place, np.int64(COLUMNS))
+            end = np.int64(get_int32(starts, g + 1))
+            for first in range(np.int64(get_int32(starts, g)), end, ROWS):
+                rows = min(ROWS, end - first)
+                row_addresses(h_rows, first, rows, h, k * size, np.int64(0))
+                place = y + 4 * first * COLUMNS
+                dot_block(kind, h_rows, rows, weight, k * size, columns, k, place, np.int64(COLUMNS))
         combine_columns(
             np.int64(FLOAT32), kind, y, np.int64(4 * COLUMNS), columns, position, weights, tokens, top_k,
             out + c * size, n * size,
@@ -58,31 +64,30 @@ def _sort(ids, wide, pairs, top_k, experts, slots, counts, groups, starts, token
 @kernel
 def _experts(
     workers, kind, x, x_stride, tokens, top_k, width, ids, wide, weights, experts, slots, gate_up, inner, down,
-    counts, groups, starts, token, position, x_rows, h_rows, h, y, out,
+    counts, groups, starts, token, position, h, y, out,
 ):  # fmt: skip
     pairs = tokens * top_k
     found = _sort(ids, wide, pairs, top_k, experts, slots, counts, groups, starts, token, position)
     if found < 0:
         return found
-    rows = np.int64(get_int32(starts, found))
-    row_addresses(x_rows, rows, x, x_stride, token)
-    row_addresses(h_rows, rows, h, inner * (4 if kind == FLOAT32 else 2), np.int64(0))
     if workers == 1:  # without a parallel region
         part = np.int64(0)
-        gate_up_part(part, workers, kind, x_rows, found, starts, groups, gate_up, inner, width, h)
+        gate_up_part(part, workers, kind, x, x_stride, token, found, starts, groups, gate_up, inner, width, h)
         _down_part(
-            part, workers, kind, h_rows, found, starts, groups, down, width, inner, y, position, weights, tokens,
+            part, workers, kind, h, found, starts, groups, down, width, inner, y, position, weights, tokens,
             top_k, out,
         )  # fmt: skip
     else:
         set_workers(workers)
         for p in prange(workers):
-            gate_up_part(np.int64(p), workers, kind, x_rows, found, starts, groups, gate_up, inner, width, h)
+            gate_up_part(
+                np.int64(p), workers, kind, x, x_stride, token, found, starts, groups, gate_up, inner, width, h
+            )
         for p in prange(workers):
             part = np.int64(p)
             own = y + part * pairs * 4 * COLUMNS
             _down_part(
-                part, workers, kind, h_rows, found, starts, groups, down, width, inner, own, position, weights,
+                part, workers, kind, h, found, starts, groups, down, width, inner, own, position, weights,
                 tokens, top_k, out,
             )  # fmt: skip
     return found
@@ -128,7 +133,7 @@ def small_experts(
 
     # One block of memory for everything the kernel needs on the way.
     parts = (
-        4 * experts, 4 * (experts + 1), 4 * pairs, 4 * pairs, 8 * pairs, 8 * pairs, pairs * inner * size,
+        4 * experts, 4 * (experts + 1), 4 * pairs, 4 * pairs, pairs * inner * size,
         workers * pairs * 4 * COLUMNS,
     )  # fmt: skip
     room = torch.empty(sum(parts) + 64 * len(parts), dtype=torch.uint8)

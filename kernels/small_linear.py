@@ -6,11 +6,9 @@ from .compiled import address, workers_for
 from .grouped_linear import check_weight, run_grouped
 from .tile import kind_of
 
-_ONE_GROUP = torch.zeros(1, dtype=torch.int32)
-
 
 def small_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias, like torch.nn.functional.linear, for up to about 16 rows.
+    """x @ weight.T + bias, like torch.nn.functional.linear, for up to about 32 rows.
 
     x_MK may have any leading dimensions, which the result keeps. All tensors are in CPU memory and of one dtype,
     float32 or bfloat16; the weight and bias are contiguous. Sums are in float32, and a row's result does not
@@ -27,10 +25,8 @@ def small_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tens
     rows = y.numel() // n if n else 0
     if rows:
         size = x_MK.element_size()
-        starts = torch.tensor((0, rows), dtype=torch.int32)
-        addresses = torch.empty(rows, dtype=torch.int64)
         run_grouped(
-            workers_for(n * k * size), kind, 0, 1, starts.data_ptr(), _ONE_GROUP.data_ptr(), rows, x_MK.data_ptr(),
-            k * size, 0, addresses.data_ptr(), weight_NK.data_ptr(), address(bias_N), n, k, y.data_ptr(),
+            workers_for(n * k * size), kind, 0, rows, x_MK.data_ptr(), k * size, 0, 1, 0, 0, weight_NK.data_ptr(),
+            address(bias_N), n, k, y.data_ptr(),
         )  # fmt: skip
     return y

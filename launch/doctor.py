@@ -92,7 +92,10 @@ def findings(libs: list[Library], computer: dict[str, Any] | None) -> tuple[list
         broken.append("embedded checkpoint: not found; reinstall moeyard, or always name a model")
     if computer is None:
         return broken, missing
-    simd = computer["cpu"]["simd"]
+    cores, quota, simd = (computer["cpu"][name] for name in ("cores", "quota", "simd"))
+    if quota is not None and quota < cores:
+        advice = f"--threads {max(1, int(quota))} avoids waiting"
+        missing.append(f"CPU time: this container may use {quota:g} of the {cores} cores it sees; {advice}")
     if simd and not computer["gpus"] and not {"avx512_bf16", "amx_bf16", "bf16"} & set(simd):
         missing.append("bfloat16 instructions: not on this CPU; --dtype float32 may be faster")
     if computer["gpus"] and importlib.util.find_spec("torch.nn.attention.varlen") is None:

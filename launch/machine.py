@@ -6,7 +6,6 @@ floating-point operations per second.
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -18,19 +17,18 @@ ARM_FLAGS = ("asimd", "sve", "bf16", "i8mm")
 LOOP_SECONDS = 0.5
 
 
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, and the container's quota where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def quota_cores() -> float | None:
+    """Cores' worth of time that the container may use; None where there is no such limit."""
     quota = _first_line("/sys/fs/cgroup/cpu.max").split()
-    if len(quota) == 2 and quota[0].isdigit():
-        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
-    return cores
+    return int(quota[0]) / int(quota[1]) if len(quota) == 2 and quota[0].isdigit() else None
 
 
 def describe() -> dict[str, Any]:
     """CPU, memory and GPUs. `gpus` is empty without CUDA; needs torch."""
     import psutil
     import torch
+
+    from ..kernels.threads import usable_cores
 
     memory = psutil.virtual_memory()
     limit = _first_line("/sys/fs/cgroup/memory.max")
@@ -41,7 +39,8 @@ def describe() -> dict[str, Any]:
         free, _ = torch.cuda.mem_get_info(i)
         sizes = {"memory": p.total_memory, "memory_free": free}
         gpus.append({"name": p.name, "capability": f"{p.major}.{p.minor}"} | sizes)
-    cpu = dict(name=_cpu_name(), architecture=platform.machine(), cores=usable_cores(), simd=simd_flags())
+    cpu = dict(name=_cpu_name(), architecture=platform.machine(), simd=simd_flags())
+    cpu |= dict(cores=usable_cores(), quota=quota_cores())
     return {"cpu": cpu, "memory": total, "memory_free": min(memory.available, total), "gpus": gpus}
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from moeyard.bench import client, engines, latency, report, roofline, serve, shapes, throughput, traffic, turns
 from moeyard.bench.sides import Workload
+from moeyard.kernels.threads import ENVIRONMENT
 
 TINY = shapes.BenchShape(
     hidden=64, layers=2, experts=8, top_k=2, expert_width=32, vocab=512, heads=4, kv_heads=2, head_dim=16, positions=256
@@ -337,17 +338,12 @@ def test_the_workloads_of_the_target() -> None:
     assert [w.name for w in throughput.workloads_of(parse(throughput))] == ["batch", "single", "prefill"]
 
 
-def require_engine() -> None:
-    pytest.importorskip("moeyard.engine.engine", reason="the engine does not import", exc_type=ImportError)
-
-
 def toy_options(workdir: Path) -> list[str]:
     shape = ["--hidden", "64", "--layers", "2", "--experts", "8", "--top-k", "2", "--expert-width", "32"]
     return [*shape, "--vocab", "512", "--workdir", str(workdir), "--threads", "1", "--device", "cpu", "--repeats", "1"]
 
 
 def test_throughput_against_transformers(workdir: Path, tmp_path: Path, capsys) -> None:
-    require_engine()
     path = tmp_path / "report.json"
     lengths = ["--requests", "3", "--input-len", "5", "--output-len", "6", "--prefill-len", "20"]
     small = ["--matrix", "64", "--read-mib", "1", "--json", str(path)]
@@ -376,7 +372,6 @@ def test_latency_times() -> None:
 
 
 def test_latency_runs(workdir: Path, capsys) -> None:
-    require_engine()
     args = parse(latency, "--batch-sizes", "1,3", "--input-len", "5", "--output-len", "4", *toy_options(workdir))
     assert latency.run(args) == 0
     figures = last_line(capsys.readouterr().out)["figures"]
@@ -386,11 +381,11 @@ def test_latency_runs(workdir: Path, capsys) -> None:
 
 
 def test_the_engine_gets_what_the_workloads_need(workdir: Path) -> None:
-    pytest.importorskip("moeyard.kernels.threads", reason="not there yet", exc_type=ImportError)
     from moeyard.engine.config import EngineConfig
 
     args = parse(throughput, "--requests", "3", *toy_options(workdir))
     setup = engines.prepare(args, throughput.workloads_of(args))
+    assert setup.overlay == ENVIRONMENT
     config = EngineConfig(**setup.config)
     assert (config.max_num_seqs, config.max_model_len, config.prefix_cache) == (3, 1025, False)
     assert setup.kv_bytes >= 1025 * setup.cost.kv_bytes_per_token

@@ -21,8 +21,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(machine, "LOOP_SECONDS", 0.01)
 
 
-def computer(*, simd=("avx2", "avx512_bf16"), gpus=()):
-    cpu = {"name": "Some CPU", "architecture": "x86_64", "cores": 4, "simd": list(simd)}
+def computer(*, simd=("avx2", "avx512_bf16"), gpus=(), quota=None):
+    cpu = {"name": "Some CPU", "architecture": "x86_64", "cores": 4, "quota": quota, "simd": list(simd)}
     return {"cpu": cpu, "memory": 2**34, "memory_free": 2**33, "gpus": list(gpus)}
 
 
@@ -123,10 +123,12 @@ def test_the_report_shows_gpus_and_what_is_missing():
 def test_the_container_s_quota_counts(monkeypatch):
     lines = {"/sys/fs/cgroup/cpu.max": ["150000 100000"]}
     monkeypatch.setattr(machine, "_lines", lambda path: lines.get(path, []))
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert machine.usable_cores() == 1
+    assert machine.quota_cores() == 1.5
+    _, (line,) = findings([], computer(quota=1.5))
+    assert line == "CPU time: this container may use 1.5 of the 4 cores it sees; --threads 1 avoids waiting"
+    assert findings([], computer(quota=8.0)) == ([], [])
     lines["/sys/fs/cgroup/cpu.max"] = ["max 100000"]
-    assert machine.usable_cores() == 8
+    assert machine.quota_cores() is None
     lines["/proc/cpuinfo"] = ["model name\t: A CPU", "flags\t: fpu avx2 amx_bf16"]
     assert machine.simd_flags() == ["avx2", "amx_bf16"]
 
