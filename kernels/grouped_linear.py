@@ -11,6 +11,7 @@ import torch
 from numba import njit, prange
 
 from .compiled import (
+    address,
     get_bfloat16,
     get_float32,
     get_int32,
@@ -25,8 +26,9 @@ from .compiled import (
     share,
     silu,
     stack_buffer,
+    workers_for,
 )
-from .tile import FLOAT32, dot_block
+from .tile import FLOAT32, dot_block, kind_of
 
 # Columns worked on between two visits to the float32 scratch, and rows of it: 32 KB, which stays in the
 # nearest caches.
