@@ -52,7 +52,7 @@ def prepare(args: argparse.Namespace, workloads: list[Workload]) -> Setup:
     from transformers import AutoConfig
 
     from ..engine.config import parse_size
-    from ..kernels.threads import ENVIRONMENT, usable_cores
+    from ..kernels.environment import ENVIRONMENT, usable_cores
 
     device = args.device
     if device == "auto":

@@ -57,7 +57,7 @@ def machine_facts() -> dict[str, Any]:
     import psutil
     import torch
 
-    from ..kernels.threads import usable_cores
+    from ..kernels.environment import usable_cores
 
     gpu = ""
     if torch.cuda.is_available():

@@ -31,6 +31,11 @@ class LocalDispatcher:
         self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, DispatchState]:
         """Rows [R, D] sorted by slot (stable, so by token within a slot), counts [S] and the state for `combine`."""
+        token_R, counts_S, state = self.route(ids_TK, weights_TK)
+        return x_TD.index_select(0, token_R), counts_S, state
+
+    def route(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, DispatchState]:
+        """`dispatch` without moving rows: the token of each row instead."""
         tokens, choices = ids_TK.shape
         flat = ids_TK.reshape(-1)
         order = torch.argsort(torch.where(flat < 0, self.num_slots, flat), stable=True)
@@ -38,14 +43,13 @@ class LocalDispatcher:
         rows_TK = torch.empty_like(order)
         rows_TK[order] = torch.arange(order.shape[0], device=order.device)
         valid = ids_TK >= 0
-        if x_TD.device.type == "cpu" and not bool(valid.all()):
+        if ids_TK.device.type == "cpu":
             order = order[: int(counts_S.sum())]
-        rows_RD = x_TD.index_select(0, order // choices)
         state = DispatchState(
             rows_TK=torch.where(valid, rows_TK.view(tokens, choices), 0),
             weights_TK=torch.where(valid, weights_TK, 0),
         )
-        return rows_RD, counts_S, state
+        return order // choices, counts_S, state
 
     def combine(self, rows_RD: torch.Tensor, state: DispatchState) -> torch.Tensor:
         """Weighted sums [T, D] of the experts' rows, in top-k order."""

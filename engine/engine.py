@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from ..kernels.environment import usable_cores
 from ..kernels.threads import set_threads
+from ..kernels.warm_up import warm_up
 from ..scheduler.batching import Scheduler, Step
 from ..scheduler.blocks import BlockPool
 from ..scheduler.requests import Request
@@ -53,7 +55,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig):
         self.config = config
-        set_threads(config.threads)
+        set_threads(config.threads or usable_cores())
         path = resolve_model(config.model, config.revision)
         blueprint = draw(config, path)
         self.spec = blueprint.spec
@@ -64,6 +66,7 @@ class Engine:
         self._experts = load(blueprint, progress=config.progress)
         if self.device.type == "cpu":
             use_small_row_kernels(self._model)
+            _compile_kernels(config.progress)
         self._name = f"moeyard_{next(_NUMBERS)}"
         activations = self._warm_up(blueprint.dtype)
         free = free_memory(self.device) - activations
@@ -282,6 +285,15 @@ class Engine:
             tokenizer = AutoTokenizer.from_pretrained(self._path, trust_remote_code=self.config.trust_remote_code)
             self._grammars = GrammarCompiler(tokenizer, self.vocab_size, self._eos_ids)
         return self._grammars
+
+
+def _compile_kernels(progress: bool) -> None:
+    """Compiles the CPU kernels, or loads them from the cache of an earlier start, before any request can wait for
+    it.
+    """
+    if progress:
+        logger.info("loading the CPU kernels; the first start on a machine compiles them, which takes about a minute")
+    warm_up()
 
 
 def _eos_ids(path: Any, config: Any) -> frozenset[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.write_kv import write_kv
 from .model import AttentionSpec
 
 
@@ -42,8 +43,11 @@ class KVCache:
 
     def write(self, layer: int, slots_T: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor) -> None:
         """Stores keys [T, Hk, D] and values [T, Hk, Dv] of new tokens at `slots_T` (block * block_size + offset)."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots_T, k_THD)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots_T, v_THD)
+        if k_THD.is_cpu:
+            write_kv(k_THD, v_THD, self.keys[layer], self.values[layer], slots_T)
+        else:
+            self.keys[layer].flatten(0, 1).index_copy_(0, slots_T, k_THD)
+            self.values[layer].flatten(0, 1).index_copy_(0, slots_T, v_THD)
 
 
 @dataclass(frozen=True, kw_only=True)

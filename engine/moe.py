@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..kernels.expert_loop import expert_loop
 from ..kernels.grouped_mm import grouped_mm
 from .dispatch import LocalDispatcher
 from .experts import ExpertPool
@@ -37,10 +38,16 @@ class MoELayer:
             out_TD, counts_E = self._small(x_TD, ids_TK, weights_TK, pool.up_SND, pool.down_SDI)
             self.counts_E += counts_E
             return out_TD
-        rows_RD, counts_S, state = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+        if x_TD.device.type == "cpu":
+            token_R, counts_S, state = self.dispatcher.route(ids_TK, weights_TK)
+            y_RD = expert_loop(
+                x_TD, token_R, counts_S, pool.up_SND, pool.down_SDI, self.gate, pool.up_bias_SN, pool.down_bias_SD
+            )
+        else:
+            rows_RD, counts_S, state = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+            h_RI = self.gate(grouped_mm(rows_RD, pool.up_SND, counts_S, pool.up_bias_SN))
+            y_RD = grouped_mm(h_RI, pool.down_SDI, counts_S, pool.down_bias_SD)
         self.counts_E += counts_S
-        h_RI = self.gate(grouped_mm(rows_RD, pool.up_SND, counts_S, pool.up_bias_SN))
-        y_RD = grouped_mm(h_RI, pool.down_SDI, counts_S, pool.down_bias_SD)
         return self.dispatcher.combine(y_RD, state)
 
 

@@ -183,17 +183,27 @@ def _exp2_int(typingctx, value):
 
     def codegen(context, builder, signature, args):
         i32, f32 = ir.IntType(32), ir.FloatType()
-        convert = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(i32, [f32]), "llvm.fptosi.sat.i32.f32"
-        )  # defined for NaN too, unlike a plain conversion
-        n = builder.call(convert, [args[0]])
+        number = builder.fcmp_ordered("ord", args[0], args[0])  # converting NaN would be undefined
+        n = builder.fptosi(builder.select(number, args[0], ir.Constant(f32, 0.0)), i32)
         power = builder.shl(builder.add(n, ir.Constant(i32, 127)), ir.Constant(i32, 23))
         return context.make_tuple(builder, signature.return_type, [builder.sitofp(n, f32), builder.bitcast(power, f32)])
 
     return types.UniTuple(types.float32, 2)(types.float32), codegen
 
 
-@njit
+@intrinsic
+def larger(typingctx, a, b):
+    """The larger of two float32, taking neither for NaN, so that a loop of it vectorises."""
+
+    def codegen(context, builder, signature, args):
+        form = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 2)
+        maximum = cgutils.get_or_insert_function(builder.module, form, "llvm.maxnum.f32")
+        return builder.call(maximum, args, fastmath=["nnan", "nsz"])
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@njit(fastmath={"contract"})
 def exp(x):
     """e**x in float32 for x <= 0, within 2 ulp; below -87 the smallest normal number. Vectorises."""
     x = np.float32(-87.0) if x < np.float32(-87.0) else x

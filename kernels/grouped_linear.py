@@ -171,14 +171,6 @@ def gate_up_part(part, parts, kind, x, x_stride, row_index, groups, starts, expe
                     store_row(kind, values, columns, h + ((first + r) * n + c) * size)
 
 
-@njit
-def _grouped_part(part, parts, kind, gated, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y):
-    if gated:
-        gate_up_part(part, parts, kind, x, x_stride, row_index, groups, starts, experts, w, n, k, y)
-    else:
-        linear_part(part, parts, kind, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y)
-
-
 @kernel
 def run_grouped(workers, kind, gated, rows, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y):
     """All groups. With starts 0 there is one, of all rows."""
@@ -188,14 +180,13 @@ def run_grouped(workers, kind, gated, rows, x, x_stride, row_index, groups, star
         put_int32(starts, 0, np.int32(0))
         put_int32(starts, 1, np.int32(rows))
         put_int32(experts, 0, np.int32(0))
-    if workers == 1:  # without a parallel region
-        part = np.int64(0)
-        _grouped_part(part, workers, kind, gated, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y)
-    else:
-        set_workers(workers)
-        for p in prange(workers):
-            part = np.int64(p)
-            _grouped_part(part, workers, kind, gated, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y)
+    set_workers(workers)
+    for p in prange(workers):
+        part = np.int64(p)
+        if gated:
+            gate_up_part(part, workers, kind, x, x_stride, row_index, groups, starts, experts, w, n, k, y)
+        else:
+            linear_part(part, workers, kind, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y)
 
 
 @njit
@@ -234,12 +225,9 @@ def _combine_part(part, parts, kind, y, position, weights, tokens, top_k, n, out
 
 @kernel
 def run_combine(workers, kind, y, position, weights, tokens, top_k, n, out):
-    if workers == 1:
-        _combine_part(np.int64(0), workers, kind, y, position, weights, tokens, top_k, n, out)
-    else:
-        set_workers(workers)
-        for p in prange(workers):
-            _combine_part(np.int64(p), workers, kind, y, position, weights, tokens, top_k, n, out)
+    set_workers(workers)
+    for p in prange(workers):
+        _combine_part(np.int64(p), workers, kind, y, position, weights, tokens, top_k, n, out)
 
 
 @serial_kernel
@@ -249,26 +237,23 @@ def run_sort(ids, wide, pairs, top_k, experts, counts, groups, starts, token, po
 
 def check_rows(name: str, x: torch.Tensor) -> None:
     """A matrix in CPU memory whose rows are contiguous."""
-    if x.device.type != "cpu" or x.ndim != 2 or (x.stride(1) != 1 and x.shape[1] > 1):
-        raise ValueError(f"{name}: a CPU matrix with contiguous rows is needed, not {_describe(x)}")
+    if not x.is_cpu or x.ndim != 2 or (x.stride(1) != 1 and x.shape[1] > 1):
+        raise ValueError(f"{name}: a CPU matrix with contiguous rows is needed, not {describe(x)}")
 
 
-def check_weight(name: str, weight: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype) -> None:
-    """A contiguous CPU tensor of this dtype and shape, None standing for any size."""
-    fits = weight.ndim == len(shape) and all(
-        want in (None, size) for want, size in zip(shape, weight.shape, strict=True)
-    )
-    if not fits or weight.dtype is not dtype or weight.device.type != "cpu" or not weight.is_contiguous():
-        raise ValueError(f"{name}: a contiguous CPU tensor {list(shape)} of {dtype} is needed, not {_describe(weight)}")
+def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A contiguous CPU tensor of this shape and dtype."""
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise ValueError(f"{name}: a contiguous CPU tensor {list(shape)} of {dtype} is needed, not {describe(tensor)}")
 
 
-def _describe(tensor: torch.Tensor) -> str:
+def describe(tensor: torch.Tensor) -> str:
     return f"{list(tensor.shape)} with strides {list(tensor.stride())}, {tensor.dtype} on {tensor.device}"
 
 
 def check_pairs(ids_TK: torch.Tensor) -> None:
     if ids_TK.ndim != 2 or ids_TK.dtype not in (torch.int32, torch.int64) or not ids_TK.is_contiguous():
-        raise ValueError(f"ids_TK: a contiguous int32 or int64 matrix is needed, not {_describe(ids_TK)}")
+        raise ValueError(f"ids_TK: a contiguous int32 or int64 matrix is needed, not {describe(ids_TK)}")
 
 
 def sort_rows(ids_TK: torch.Tensor, experts: int) -> SortedRows:
@@ -281,7 +266,7 @@ def sort_rows(ids_TK: torch.Tensor, experts: int) -> SortedRows:
     token = torch.empty(pairs, dtype=torch.int32)
     position = torch.empty(ids_TK.shape, dtype=torch.int32)
     found = run_sort(
-        ids_TK.data_ptr(), ids_TK.dtype is torch.int64, pairs, ids_TK.shape[1], experts,
+        ids_TK.data_ptr(), int(ids_TK.dtype is torch.int64), pairs, ids_TK.shape[1], experts,
         *(t.data_ptr() for t in (counts, groups, starts, token, position)),
     )  # fmt: skip
     if found < 0:
@@ -298,7 +283,7 @@ def _run(x, weight, n, gated, bias, starts, experts, row_index):
     check_rows("x_TK", x)
     for name, index in (("starts", starts), ("experts_G", experts), ("row_index_R", row_index)):
         if index is not None and (index.ndim != 1 or index.dtype is not torch.int32 or not index.is_contiguous()):
-            raise ValueError(f"{name}: a contiguous int32 vector is needed, not {_describe(index)}")
+            raise ValueError(f"{name}: a contiguous int32 vector is needed, not {describe(index)}")
     if len(starts) != len(experts) + 1:
         raise ValueError(f"starts: {len(experts) + 1} values are needed for {len(experts)} groups, not {len(starts)}")
     rows = x.shape[0] if row_index is None else len(row_index)
@@ -328,10 +313,10 @@ def grouped_linear(
     be in any order and need not follow each other. With row_index_R (int32), row r of the result is computed
     from x[row_index[r]], so a token's row is not copied per expert.
     """
-    n = weight_ENK.shape[1]
-    check_weight("weight_ENK", weight_ENK, (None, n, x_TK.shape[-1]), x_TK.dtype)
+    experts, n = weight_ENK.shape[:2]
+    check_tensor("weight_ENK", weight_ENK, (experts, n, x_TK.shape[-1]), x_TK.dtype)
     if bias_EN is not None:
-        check_weight("bias_EN", bias_EN, (weight_ENK.shape[0], n), x_TK.dtype)
+        check_tensor("bias_EN", bias_EN, (experts, n), x_TK.dtype)
     return _run(x_TK, weight_ENK, n, 0, bias_EN, starts, experts_G, row_index_R)
 
 
@@ -343,8 +328,8 @@ def grouped_gate_up_silu(
     row_index_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h_RI = silu(gate) * up, where gate and up are the two halves of grouped_linear's result (gate rows first)."""
-    two_n = weight_E2IK.shape[1]
-    check_weight("weight_E2IK", weight_E2IK, (None, two_n, x_TK.shape[-1]), x_TK.dtype)
+    experts, two_n = weight_E2IK.shape[:2]
+    check_tensor("weight_E2IK", weight_E2IK, (experts, two_n, x_TK.shape[-1]), x_TK.dtype)
     if two_n % 2:
         raise ValueError(f"weight_E2IK: gate and up rows must be as many, but there are {two_n} rows in all")
     return _run(x_TK, weight_E2IK, two_n // 2, 1, None, starts, experts_G, row_index_R)
@@ -357,9 +342,9 @@ def combine(y_RN: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Ten
     """
     kind = kind_of(y_RN.dtype)
     tokens, top_k = position_TK.shape
-    n = y_RN.shape[-1]
-    check_weight("y_RN", y_RN, (None, None), y_RN.dtype)
-    check_weight("position_TK", position_TK, (tokens, top_k), torch.int32)
+    rows, n = y_RN.shape
+    check_tensor("y_RN", y_RN, (rows, n), y_RN.dtype)
+    check_tensor("position_TK", position_TK, (tokens, top_k), torch.int32)
     if weights_TK.shape != position_TK.shape:
         raise ValueError(f"weights_TK: {list(position_TK.shape)} weights are needed, not {list(weights_TK.shape)}")
     weights = weights_TK.to(torch.float32).contiguous()

@@ -14,11 +14,11 @@ from numba import njit, prange
 
 from .compiled import (
     exp,
-    get_bfloat16,
     get_float32,
     get_int32,
     get_int64,
     kernel,
+    larger,
     put_float32,
     put_int64,
     serial_kernel,
@@ -27,15 +27,15 @@ from .compiled import (
     tanh,
     workers_for,
 )
-from .grouped_linear import check_weight, store_row
+from .grouped_linear import check_tensor, store_row
 from .tile import FLOAT32, dot_block, kind_of
+from .value_tile import add_rows
 
 _CHUNK = 256
 
-# Value rows widened to float32 together, and the widest value row.
-_VALUES = 4
-_MAX_VALUE_WIDTH = 1024
-_value_rows = stack_buffer(_VALUES * _MAX_VALUE_WIDTH)
+# The widest value row.
+_MAX_VALUE_WIDTH = 4096
+_value_row = stack_buffer(_MAX_VALUE_WIDTH)
 
 
 @njit
@@ -43,7 +43,7 @@ def _first_chunk(length, window):
     return (max(length - window, 0) if window else 0) // _CHUNK
 
 
-@njit
+@serial_kernel
 def _plan(sequences, key_heads, lengths, window, table, table_stride, blocks, block_size, limit, pieces):
     """Write to `pieces` (int64 [S + 1]) where each sequence's pieces of work start; return how many there are,
     or -1 - s if sequence s is longer than its row of the table, or names a block that does not exist."""
@@ -63,11 +63,11 @@ def _plan(sequences, key_heads, lengths, window, table, table_stride, blocks, bl
     return total
 
 
-@njit(fastmath={"nnan", "nsz", "reassoc"})
+@njit
 def _maximum(values, n):
     best = get_float32(values, 0)
     for i in range(1, n):
-        best = max(best, get_float32(values, i))
+        best = larger(best, get_float32(values, i))
     return best
 
 
@@ -93,53 +93,9 @@ def _scale(values, n, scale, softcap):
 
 
 @njit(fastmath={"contract"})
-def _add_rows(out, weights, values, width):
-    """out += weights[0..3] @ values, values being four float32 rows."""
-    w0, w1, w2, w3 = (
-        get_float32(weights, 0),
-        get_float32(weights, 1),
-        get_float32(weights, 2),
-        get_float32(weights, 3),
-    )
-    for d in range(width):
-        total = get_float32(out, d) + w0 * get_float32(values, d)
-        total = total + w1 * get_float32(values, width + d)
-        total = total + w2 * get_float32(values, 2 * width + d)
-        put_float32(out, d, total + w3 * get_float32(values, 3 * width + d))
-
-
-@njit(fastmath={"contract"})
 def _add_row(out, weight, values, width):
     for d in range(width):
         put_float32(out, d, get_float32(out, d) + weight * get_float32(values, d))
-
-
-@njit
-def _widen_row(kind, row, out, width):
-    if kind == FLOAT32:
-        for d in range(width):
-            put_float32(out, d, get_float32(row, d))
-    else:
-        for d in range(width):
-            put_float32(out, d, get_bfloat16(row, d))
-
-
-@njit
-def _add_values(kind, row, stride, n, group, weights, out, width):
-    """out[g] += sum over n value rows of weights[g, i] * row i; weights rows are _CHUNK apart."""
-    wide = _value_rows()
-    i = 0
-    while i + _VALUES <= n:
-        for j in range(_VALUES):
-            _widen_row(kind, row + (i + j) * stride, wide + 4 * j * width, width)
-        for g in range(group):
-            _add_rows(out + 4 * g * width, weights + 4 * (g * _CHUNK + i), wide, width)
-        i += _VALUES
-    while i < n:
-        _widen_row(kind, row + i * stride, wide, width)
-        for g in range(group):
-            _add_row(out + 4 * g * width, get_float32(weights, g * _CHUNK + i), wide, width)
-        i += 1
 
 
 @njit
@@ -185,7 +141,7 @@ def _pieces_part(
             n = min(block_size - at % block_size, end - at)
             block = np.int64(get_int32(table, s * table_stride + at // block_size))
             row = values + block * value_block + at % block_size * value_position + head * value_head
-            _add_values(kind, row, value_position, n, group, scores + 4 * (at - begin), out, value_width)
+            add_rows(kind, scores + 4 * (at - begin), np.int64(_CHUNK), group, n, row, value_position, out, value_width)
             at += n
 
 
@@ -194,7 +150,7 @@ def _merge_part(part, parts, kind, sequences, heads, key_heads, width, sinks, pi
     """One worker's heads of the result, from their pieces."""
     size = 4 if kind == FLOAT32 else 2
     group = heads // key_heads
-    total = _value_rows()
+    total = _value_row()
     for row in range(sequences * heads * part // parts, sequences * heads * (part + 1) // parts):
         s, head = row // heads, row % heads
         first, last = get_int64(pieces, s) + head // group, get_int64(pieces, s + 1)
@@ -225,34 +181,19 @@ def _attention(
         for h in range(heads):
             put_int64(q_rows, s * heads + h, q + s * q_sequence + h * q_head)
     scale, softcap = np.float32(scale), np.float32(softcap)
-    if workers == 1:  # without a parallel region
-        part = np.int64(0)
+    set_workers(workers)
+    for p in prange(workers):
+        part = np.int64(p)
+        own = scores + part * (heads // key_heads) * 4 * _CHUNK
         _pieces_part(
             part, workers, kind, sequences, heads, key_heads, width, value_width, q_rows, keys, key_block,
-            key_position, key_head, values, value_block, value_position, value_head, block_size, table, table_stride,
-            lengths, window, scale, softcap, pieces, scores, tops, sums, outs,
+            key_position, key_head, values, value_block, value_position, value_head, block_size, table,
+            table_stride, lengths, window, scale, softcap, pieces, own, tops, sums, outs,
         )  # fmt: skip
-        _merge_part(part, workers, kind, sequences, heads, key_heads, value_width, sinks, pieces, tops, sums, outs, out)
-    else:
-        set_workers(workers)
-        for p in prange(workers):
-            part = np.int64(p)
-            own = scores + part * (heads // key_heads) * 4 * _CHUNK
-            _pieces_part(
-                part, workers, kind, sequences, heads, key_heads, width, value_width, q_rows, keys, key_block,
-                key_position, key_head, values, value_block, value_position, value_head, block_size, table,
-                table_stride, lengths, window, scale, softcap, pieces, own, tops, sums, outs,
-            )  # fmt: skip
-        for p in prange(workers):
-            _merge_part(
-                np.int64(p), workers, kind, sequences, heads, key_heads, value_width, sinks, pieces, tops, sums,
-                outs, out,
-            )  # fmt: skip
-
-
-@serial_kernel
-def _run_plan(sequences, key_heads, lengths, window, table, table_stride, blocks, block_size, limit, pieces):
-    return _plan(sequences, key_heads, lengths, window, table, table_stride, blocks, block_size, limit, pieces)
+    for p in prange(workers):
+        _merge_part(
+            np.int64(p), workers, kind, sequences, heads, key_heads, value_width, sinks, pieces, tops, sums, outs, out
+        )
 
 
 def paged_decode_attention(
@@ -287,8 +228,8 @@ def paged_decode_attention(
                 f"{name}: {list(shape)} of {q_SHD.dtype} with a contiguous last dimension is needed, not "
                 f"{list(tensor.shape)} of {tensor.dtype} with strides {list(tensor.stride())}"
             )
-    check_weight("seq_lens", seq_lens, (sequences,), torch.int32)
-    check_weight("block_table", block_table, (sequences, None), torch.int32)
+    check_tensor("seq_lens", seq_lens, (sequences,), torch.int32)
+    check_tensor("block_table", block_table, (sequences, block_table.shape[-1]), torch.int32)
     if heads % key_heads:
         raise ValueError(f"q_SHD: {heads} query heads are not a multiple of {key_heads} key heads")
     if value_width > _MAX_VALUE_WIDTH:
@@ -296,12 +237,12 @@ def paged_decode_attention(
     sinks = None
     if sinks_H is not None:
         sinks = sinks_H.to(torch.float32).contiguous()
-        check_weight("sinks_H", sinks, (heads,), torch.float32)
+        check_tensor("sinks_H", sinks, (heads,), torch.float32)
 
     out = q_SHD.new_empty(sequences, heads, value_width)
     pieces = torch.empty(sequences + 1, dtype=torch.int64)
     limit = block_table.shape[1] * block_size
-    total = _run_plan(
+    total = _plan(
         sequences, key_heads, seq_lens.data_ptr(), window, block_table.data_ptr(), block_table.stride(0), blocks,
         block_size, limit, pieces.data_ptr(),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from .grouped_linear import (
     ROWS,
     check_pairs,
     check_rows,
-    check_weight,
+    check_tensor,
     combine_columns,
     gate_up_part,
     row_addresses,
@@ -70,26 +70,16 @@ def _experts(
     found = _sort(ids, wide, pairs, top_k, experts, slots, counts, groups, starts, token, position)
     if found < 0:
         return found
-    if workers == 1:  # without a parallel region
-        part = np.int64(0)
-        gate_up_part(part, workers, kind, x, x_stride, token, found, starts, groups, gate_up, inner, width, h)
+    set_workers(workers)
+    for p in prange(workers):
+        gate_up_part(np.int64(p), workers, kind, x, x_stride, token, found, starts, groups, gate_up, inner, width, h)
+    for p in prange(workers):
+        part = np.int64(p)
+        own = y + part * pairs * 4 * COLUMNS
         _down_part(
-            part, workers, kind, h, found, starts, groups, down, width, inner, y, position, weights, tokens,
+            part, workers, kind, h, found, starts, groups, down, width, inner, own, position, weights, tokens,
             top_k, out,
         )  # fmt: skip
-    else:
-        set_workers(workers)
-        for p in prange(workers):
-            gate_up_part(
-                np.int64(p), workers, kind, x, x_stride, token, found, starts, groups, gate_up, inner, width, h
-            )
-        for p in prange(workers):
-            part = np.int64(p)
-            own = y + part * pairs * 4 * COLUMNS
-            _down_part(
-                part, workers, kind, h, found, starts, groups, down, width, inner, own, position, weights,
-                tokens, top_k, out,
-            )  # fmt: skip
     return found
 
 
@@ -114,17 +104,17 @@ def small_experts(
     check_rows("x_TD", x_TD)
     check_pairs(ids_TK)
     tokens, width = x_TD.shape
-    inner = down_EDI.shape[2]
-    check_weight("gate_up_E2ID", gate_up_E2ID, (None, 2 * inner, width), x_TD.dtype)
-    check_weight("down_EDI", down_EDI, (gate_up_E2ID.shape[0], width, inner), x_TD.dtype)
+    held, _, inner = down_EDI.shape
+    check_tensor("gate_up_E2ID", gate_up_E2ID, (held, 2 * inner, width), x_TD.dtype)
+    check_tensor("down_EDI", down_EDI, (held, width, inner), x_TD.dtype)
     if ids_TK.shape[0] != tokens or weights_TK.shape != ids_TK.shape:
         raise ValueError(
             f"ids_TK {list(ids_TK.shape)} and weights_TK {list(weights_TK.shape)} must have a row for each of the "
             f"{tokens} tokens and be alike"
         )
-    experts = gate_up_E2ID.shape[0] if slots_E is None else len(slots_E)
+    experts = held if slots_E is None else len(slots_E)
     if slots_E is not None:
-        check_weight("slots_E", slots_E, (None,), torch.int32)
+        check_tensor("slots_E", slots_E, (experts,), torch.int32)
     weights = weights_TK.to(torch.float32).contiguous()
     out = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     counts = torch.empty(experts, dtype=torch.int64)
@@ -145,7 +135,7 @@ def small_experts(
 
     found = _experts(
         workers, kind, x_TD.data_ptr(), x_TD.stride(0) * size, tokens, top_k, width, ids_TK.data_ptr(),
-        ids_TK.dtype is torch.int64, weights.data_ptr(), experts, 0 if slots_E is None else slots_E.data_ptr(),
+        int(ids_TK.dtype is torch.int64), weights.data_ptr(), experts, 0 if slots_E is None else slots_E.data_ptr(),
         gate_up_E2ID.data_ptr(), inner, down_EDI.data_ptr(), counts.data_ptr(), *places, out.data_ptr(),
     )  # fmt: skip
     if found < -pairs:

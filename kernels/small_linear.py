@@ -3,7 +3,7 @@
 import torch
 
 from .compiled import address, workers_for
-from .grouped_linear import check_weight, run_grouped
+from .grouped_linear import check_tensor, run_grouped
 from .tile import kind_of
 
 
@@ -16,9 +16,9 @@ def small_linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tens
     """
     kind = kind_of(x_MK.dtype)
     n, k = weight_NK.shape
-    check_weight("weight_NK", weight_NK, (n, x_MK.shape[-1]), x_MK.dtype)
+    check_tensor("weight_NK", weight_NK, (n, x_MK.shape[-1]), x_MK.dtype)
     if bias_N is not None:
-        check_weight("bias_N", bias_N, (n,), x_MK.dtype)
+        check_tensor("bias_N", bias_N, (n,), x_MK.dtype)
     if not x_MK.is_contiguous():
         x_MK = x_MK.contiguous()
     y = x_MK.new_empty(*x_MK.shape[:-1], n)

@@ -1,28 +1,20 @@
-"""Thread counts of PyTorch and of the compiled kernels, set together.
+"""Threads of the CPU kernels.
 
-Both pools are OpenMP's or numba's own; a process that runs both must not let the idle one spin while the other works.
+torch and numba share one pool of OpenMP threads (torch loads its OpenMP library for the whole process, and
+numba's "omp" layer finds that one), and every kernel uses at most torch's number of threads. So there is one
+number to set, and nothing is oversubscribed. `environment.ENVIRONMENT` has the variables to start such a process with.
 """
 
-from __future__ import annotations
-
-import os
-
 import torch
-
-ENVIRONMENT = {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "PASSIVE"}
-"""To be set before a process starts: idle OpenMP workers sleep at once, and do not take the cores from the other pool."""
+from numba import config
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def set_threads(count: int | None) -> int:
-    """Sets both pools to `count` threads (None: the usable cores); returns the count."""
-    import numba
-
-    count = count or usable_cores()
-    torch.set_num_threads(count)
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
-    return count
+def set_threads(n: int) -> None:
+    """Use n threads in torch and in the kernels. ValueError if n is not in 1..the most numba was started with."""
+    most = config.NUMBA_NUM_THREADS
+    if not 1 <= n <= most:
+        raise ValueError(
+            f"threads: {n} is not in 1..{most}; numba takes its limit from the cores of this process, or from "
+            "NUMBA_NUM_THREADS"
+        )
+    torch.set_num_threads(n)

@@ -28,7 +28,7 @@ _FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.
 HAS_BFLOAT16_DOT = "+avx512bf16" in _FEATURES
 
 # Float32 lanes of the accumulators: one register of the widest kind the processor has.
-_LANES = 16 if "+avx512f" in _FEATURES else 8 if "+avx" in _FEATURES else 4
+LANES = 16 if "+avx512f" in _FEATURES else 8 if "+avx" in _FEATURES else 4
 
 # How far ahead of the loads weights are fetched into the second-level cache. Tiles of one or two rows wait
 # for memory only and the hardware's own prefetch of their single stream is better (25-27 against 20 GB/s
@@ -54,39 +54,44 @@ def kind_of(dtype: torch.dtype) -> int:
 
 def _multiply_add(builder, kind, total, x, w):
     """total + x * w, all vectors; x and w are 32-bit lanes as loaded."""
-    lanes = ir.VectorType(_I32, _LANES)
-    floats = ir.VectorType(_F32, _LANES)
+    lanes = ir.VectorType(_I32, LANES)
+    floats = ir.VectorType(_F32, LANES)
     if kind == BFLOAT16_DOT:
         # Older spelling of the operands; LLVM's reader turns it into vectors of bfloat.
         name, form = "llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(floats, [floats, lanes, lanes])
         dot = cgutils.get_or_insert_function(builder.module, form, name)
         return builder.call(dot, [total, x, w])
     form = ir.FunctionType(floats, [floats] * 3)
-    fma = cgutils.get_or_insert_function(builder.module, form, f"llvm.fma.v{_LANES}f32")
+    fma = cgutils.get_or_insert_function(builder.module, form, f"llvm.fma.v{LANES}f32")
     if kind == FLOAT32:
         return builder.call(fma, [builder.bitcast(x, floats), builder.bitcast(w, floats), total])
-    half, mask = ir.Constant(lanes, [16] * _LANES), ir.Constant(lanes, [0xFFFF0000] * _LANES)
+    half, mask = ir.Constant(lanes, [16] * LANES), ir.Constant(lanes, [0xFFFF0000] * LANES)
     for widen in (lambda v: builder.shl(v, half), lambda v: builder.and_(v, mask)):
         operands = [builder.bitcast(widen(v), floats) for v in (x, w)]
         total = builder.call(fma, [*operands, total])
     return total
 
 
-def _sum_lanes(builder, vector):
-    """Sum of a vector's lanes by halving, always in the same order."""
-    width = _LANES
+def _sum_lanes(builder, vectors):
+    """The sum of each vector's lanes, by adding its upper half to its lower until one lane is left.
+
+    Halves of two vectors are put side by side and added together, so eight vectors take little more than one;
+    the order in which a vector's own lanes are added is always the same.
+    """
+    count = len(vectors)
+    vectors = vectors + vectors[-1:] * ((1 << (count - 1).bit_length()) - count)
+    width = LANES  # lanes that one of the original vectors still has
     while width > 1:
         width //= 2
-        halves = [
-            builder.shuffle_vector(
-                vector,
-                ir.Constant(vector.type, ir.Undefined),
-                ir.Constant(ir.VectorType(_I32, width), list(range(start, start + width))),
-            )
-            for start in (0, width)
-        ]
-        vector = builder.fadd(*halves)
-    return builder.extract_element(vector, ir.Constant(_I32, 0))
+        lanes = vectors[0].type.count * min(2, len(vectors))
+        pairs = [(a, b) for a, b in zip(vectors[::2], vectors[1::2] or vectors, strict=True)]
+        lower = [lane for lane in range(lanes) if lane // width % 2 == 0]
+        halves = [ir.Constant(ir.VectorType(_I32, lanes // 2), [i + up for i in lower]) for up in (0, width)]
+        vectors = [builder.fadd(*(builder.shuffle_vector(a, b, half) for half in halves)) for a, b in pairs]
+    lanes = vectors[0].type.count
+    return [
+        builder.extract_element(vectors[i // lanes], ir.Constant(_I32, i % lanes)) for i in range(count)
+    ]
 
 
 def _tile(kind: int, rows: int, columns: int):
@@ -120,9 +125,9 @@ def _tile(kind: int, rows: int, columns: int):
 
 def _write_tile(builder, kind, rows, columns, x, w, stride, k, out, out_stride):
     size = 4 if kind == FLOAT32 else 2
-    step = 4 * _LANES
-    lanes = ir.VectorType(_I32, _LANES)
-    floats = ir.VectorType(_F32, _LANES)
+    step = 4 * LANES
+    lanes = ir.VectorType(_I32, LANES)
+    floats = ir.VectorType(_F32, LANES)
 
     def i64(n):
         return ir.Constant(_I64, n)
@@ -135,7 +140,7 @@ def _write_tile(builder, kind, rows, columns, x, w, stride, k, out, out_stride):
     w_rows = [w]
     for _ in range(columns - 1):
         w_rows.append(builder.add(w_rows[-1], stride))
-    zero = ir.Constant(floats, [0.0] * _LANES)
+    zero = ir.Constant(floats, [0.0] * LANES)
     total = [[cgutils.alloca_once_value(builder, zero) for _ in w_rows] for _ in x_rows]
     length = builder.mul(k, i64(size))
     whole = builder.and_(length, i64(-step))
@@ -191,10 +196,10 @@ def _write_tile(builder, kind, rows, columns, x, w, stride, k, out, out_stride):
         accumulate(load_rest, whole)
 
     out = at(out, _F32)
-    for r in range(rows):
-        for c in range(columns):
-            place = builder.add(builder.mul(out_stride, i64(r)), i64(c))
-            builder.store(_sum_lanes(builder, builder.load(total[r][c])), builder.gep(out, [place]))
+    sums = _sum_lanes(builder, [builder.load(value) for row in total for value in row])
+    for i, value in enumerate(sums):
+        place = builder.add(builder.mul(out_stride, i64(i // columns)), i64(i % columns))
+        builder.store(value, builder.gep(out, [place]))
 
 
 def _block(kind: int):
@@ -206,17 +211,29 @@ def _block(kind: int):
     """
     if kind == BFLOAT16_DOT and not HAS_BFLOAT16_DOT:
         kind = BFLOAT16
+    size = 4 if kind == FLOAT32 else 2
     one, two = _tile(kind, 1, 1), _tile(kind, 2, 1)
+    one_wide, two_wide = _tile(kind, 1, 4), _tile(kind, 2, 4)
     three, four = _tile(kind, 3, 2), _tile(kind, 4, 2)
 
     @njit
     def narrow(x, rows, w, stride, columns, k, out, out_stride):
-        for c in range(columns):
+        c = 0
+        if stride != k * size:  # no stream to follow: take short rows four at a time
+            while columns - c >= 4:
+                if rows == 2:
+                    two_wide(x, w + c * stride, stride, k, out + 4 * c, out_stride)
+                else:
+                    for r in range(rows):
+                        one_wide(x + 8 * r, w + c * stride, stride, k, out + 4 * (r * out_stride + c), out_stride)
+                c += 4
+        while c < columns:
             if rows == 2:
                 two(x, w + c * stride, stride, k, out + 4 * c, out_stride)
             else:
                 for r in range(rows):
                     one(x + 8 * r, w + c * stride, stride, k, out + 4 * (r * out_stride + c), out_stride)
+            c += 1
 
     @njit
     def block(x, rows, w, stride, columns, k, out, out_stride):

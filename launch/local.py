@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ..kernels.environment import ENVIRONMENT
+
 TERMINATE_TIMEOUT_S = 3.0
 """How long the process may take to end after SIGTERM, before SIGKILL."""
 
@@ -34,7 +36,8 @@ class Launcher(Protocol):
 class LocalLauncher:
     """Runs `python -m moeyard.engine.worker` with a socket in a directory that only this user can enter.
 
-    `command` replaces the program (tests); `env` is laid over this process's environment.
+    `command` replaces the program (tests); `env` is laid over this process's environment, and that over what the
+    kernels should start with (`kernels.environment`).
     """
 
     def __init__(self, *, command: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> None:
@@ -59,7 +62,7 @@ class LocalLauncher:
         try:
             self._process = subprocess.Popen(
                 [*self._command, "--connect", endpoint, "--parent", str(os.getpid())],
-                env={**os.environ, **self._env},
+                env={**ENVIRONMENT, **os.environ, **self._env},
                 stdin=subprocess.DEVNULL,
             )
         except OSError:

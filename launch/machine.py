@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
     import psutil
     import torch
 
-    from ..kernels.threads import usable_cores
+    from ..kernels.environment import usable_cores
 
     memory = psutil.virtual_memory()
     limit = _first_line("/sys/fs/cgroup/memory.max")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from moeyard.bench import client, engines, latency, report, roofline, serve, shapes, throughput, traffic, turns
 from moeyard.bench.sides import Workload
-from moeyard.kernels.threads import ENVIRONMENT
+from moeyard.kernels.environment import ENVIRONMENT
 
 TINY = shapes.BenchShape(
     hidden=64, layers=2, experts=8, top_k=2, expert_width=32, vocab=512, heads=4, kv_heads=2, head_dim=16, positions=256

@@ -1,0 +1,52 @@
+"""Experts one after the other on a CPU, for many rows per expert: two GEMMs each, on rows gathered just before.
+
+D: hidden size, I: expert width, S: slots, R: rows sorted by slot, T: tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+_ROWS_STEP = 16
+"""oneDNN makes and keeps a primitive for each distinct number of rows (about a megabyte and a millisecond each), so
+that rows are padded to a multiple of this; MKL, which takes float32, does not.
+"""
+
+
+def expert_loop(
+    x_TD: torch.Tensor,
+    token_R: torch.Tensor,
+    counts_S: torch.Tensor,
+    up_SND: torch.Tensor,
+    down_SDI: torch.Tensor,
+    gate: Callable[[torch.Tensor], torch.Tensor],
+    up_bias_SN: torch.Tensor | None = None,
+    down_bias_SD: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows y_RD = down(gate(up(x[token]))), where `counts_S[s]` consecutive rows belong to slot s.
+
+    `gate` maps [rows, N] to [rows, I]. Only one expert's rows are in memory between the two products.
+    """
+    step = 1 if x_TD.dtype == torch.float32 else _ROWS_STEP
+    # A padded expert writes past its rows; the next one, or nobody, overwrites that.
+    y_RD = x_TD.new_empty(token_R.shape[0] + step - 1, down_SDI.shape[1])
+    start = 0
+    for slot, count in enumerate(counts_S.tolist()):
+        if not count:
+            continue
+        padded = -(-count // step) * step
+        tokens = token_R[start : start + padded]
+        if tokens.shape[0] < padded:
+            tokens = F.pad(tokens, (0, padded - tokens.shape[0]))
+        up_bias = up_bias_SN[slot] if up_bias_SN is not None else None
+        h = gate(F.linear(x_TD.index_select(0, tokens), up_SND[slot], up_bias))
+        out = y_RD[start : start + padded]
+        if down_bias_SD is None:
+            torch.mm(h, down_SDI[slot].t(), out=out)
+        else:
+            torch.addmm(down_bias_SD[slot], h, down_SDI[slot].t(), out=out)
+        start += count
+    return y_RD[: token_R.shape[0]]
