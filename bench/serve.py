@@ -194,8 +194,8 @@ async def _drive(args: argparse.Namespace, url: str, goodput: dict[str, float]) 
                 timeout=args.timeout,
                 on_done=bar.update,
             )
-    for error, count in Counter(o.error for o in outcomes if o.error).most_common(5):
-        print(f"{count} requests failed: {error}", file=sys.stderr)
+    for reason, count in Counter(o.error for o in outcomes if o.error).most_common(5):
+        print(f"{count} requests failed: {reason}", file=sys.stderr)
     if all(o.error for o in outcomes):
         raise RuntimeError(f"none of {len(outcomes)} requests succeeded; the first error: {outcomes[0].error}")
     samples = [vars(outcome) | {"arrival_s": p.arrival_s} for outcome, p in zip(outcomes, plan, strict=True)]

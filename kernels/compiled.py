@@ -1,19 +1,26 @@
 """How the CPU kernels are compiled with numba, and the scalar pieces they share.
 
-Kernels take plain integers (addresses, sizes, strides) instead of arrays: numba unboxes an integer in
-tens of nanoseconds and an array in microseconds, and numpy has no bfloat16. The functions a model calls
-check dtypes, shapes and strides first; nothing below them does.
+A kernel is a serial function `part(part, parts, args)` that does one worker's share of the work; `run` calls it
+on every worker. Kernels take plain integers (addresses, sizes, strides) instead of arrays: numba unboxes an
+integer in tens of nanoseconds and an array in microseconds, and numpy has no bfloat16. The functions a
+model calls check dtypes, shapes and strides first; nothing below them does.
+
+Functions reach each other by address where numba would otherwise compile one copy into each of its callers; it
+compiles a parallel loop and all it contains three times over, so there is only one such loop, in `run`.
 """
 
+import functools
 import hashlib
 import logging
 import os
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 
 import llvmlite.ir as ir
 import numpy as np
 import torch
-from numba import njit, types
+from numba import cfunc, njit, prange, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
@@ -36,41 +43,89 @@ def _cache_directory() -> str:
 _DIRECTORY = _cache_directory()
 
 
-# Only prange is parallel, and loops stay apart: numba sees addresses as mere numbers, so it would merge one
-# loop with the next that reads what the first wrote.
-_PARALLEL = {
-    "prange": True,
-    "fusion": False,
-    **dict.fromkeys(("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil"), False),
-}
-
-
-def kernel(function):
-    """Compile an entry point with a parallel loop, without the GIL, and keep its machine code between processes.
-
-    Where no cache directory can be written the kernel is compiled anew by each process, and the log says so.
-    """
-    return _compile(function, parallel=dict(_PARALLEL))  # a copy: numba takes its entries out
-
-
-def serial_kernel(function):
-    """`kernel` without a parallel loop."""
-    return _compile(function)
-
-
-def _compile(function, **options):
+def _cached(compiler: Callable, function: Callable, **options):
+    """compiler(function, cache=True), its machine code kept between processes where a directory can be written."""
     before, config.CACHE_DIR = config.CACHE_DIR, _DIRECTORY
     try:
-        return njit(function, nogil=True, cache=True, **options)
+        return compiler(cache=True, **options)(function)
     except RuntimeError as error:
-        log.warning("kernels are compiled at each start: %s", error)
-        return njit(function, nogil=True, **options)
+        log.warning("kernels are compiled by each process: %s", error)
+        return compiler(**options)(function)
     finally:
         config.CACHE_DIR = before
 
 
+def kernel(function: Callable):
+    """A serial entry point for Python: compiled on its first call, run without the GIL."""
+    return _cached(njit, function, nogil=True)
+
+
+class Part:
+    """A function compiled on first use into a C function, which others call by its address.
+
+    Its arguments are int64; for work to be shared by `run` they are (part, parts, address of more arguments).
+    """
+
+    def __init__(self, function: Callable):
+        self._function = function
+
+    @functools.cached_property
+    def address(self) -> int:
+        signature = types.void(*[types.int64] * self._function.__code__.co_argcount)
+        return _cached(functools.partial(cfunc, signature), self._function).address
+
+
 # numba.set_num_threads, reached by symbol so that machine code which calls it can be cached.
-set_workers = types.ExternalFunction("set_num_threads", types.void(types.int32))
+_set_workers = types.ExternalFunction("set_num_threads", types.void(types.int32))
+
+
+def caller(count: int):
+    """Intrinsic `call(address, ...)` of a C function with `count` int64 arguments."""
+
+    def codegen(context, builder, signature, args):
+        i64 = ir.IntType(64)
+        form = ir.FunctionType(ir.VoidType(), [i64] * count)
+        builder.call(builder.inttoptr(args[0], form.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    @intrinsic
+    def call(typingctx, address, *values):
+        return types.void(types.int64, *[types.int64] * count), codegen
+
+    return call
+
+
+_call_part = caller(3)
+
+
+def arguments(count: int):
+    """Intrinsic that reads `count` int64 values from an address into a tuple."""
+
+    @intrinsic
+    def read(typingctx, address):
+        def codegen(context, builder, signature, args):
+            base = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+            values = [builder.load(builder.gep(base, [ir.Constant(ir.IntType(64), i)])) for i in range(count)]
+            return context.make_tuple(builder, signature.return_type, values)
+
+        return types.UniTuple(types.int64, count)(types.int64), codegen
+
+    return read
+
+
+def _launch(workers, part, args):
+    _set_workers(workers)
+    for p in prange(workers):
+        _call_part(part, np.int64(p), workers, args)
+
+
+_launch = _cached(njit, _launch, nogil=True, parallel=True)
+
+
+def run(workers: int, part: Part, *args: int) -> None:
+    """Call part(p, workers, address of args) for every p below workers, in parallel, and wait for all."""
+    values = array("q", args)
+    _launch(workers, part.address, values.buffer_info()[0])
 
 
 # Bytes to read below which another worker costs more than it saves: waking one takes about 10 us.

@@ -39,8 +39,13 @@ def describe() -> dict[str, Any]:
         free, _ = torch.cuda.mem_get_info(i)
         sizes = {"memory": p.total_memory, "memory_free": free}
         gpus.append({"name": p.name, "capability": f"{p.major}.{p.minor}"} | sizes)
-    cpu = dict(name=_cpu_name(), architecture=platform.machine(), simd=simd_flags())
-    cpu |= dict(cores=usable_cores(), quota=quota_cores())
+    cpu = {
+        "name": _cpu_name(),
+        "architecture": platform.machine(),
+        "simd": simd_flags(),
+        "cores": usable_cores(),
+        "quota": quota_cores(),
+    }
     return {"cpu": cpu, "memory": total, "memory_free": min(memory.available, total), "gpus": gpus}
 
 

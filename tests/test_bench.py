@@ -110,7 +110,7 @@ def test_the_checkpoint_loads_and_has_the_shape(checkpoint: Path) -> None:
     assert len(tokenizer) == config.vocab_size == 512
     assert tokenizer.eos_token_id == config.eos_token_id == 511
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert isinstance(tokenizer.decode(range(512)), str)
+    assert isinstance(tokenizer.decode(list(range(512))), str)
 
 
 def test_the_default_vocabulary_has_32000_entries() -> None:
