@@ -136,6 +136,7 @@ def _flash(
     q = _widen(q_THD, width).view(tokens, kv_heads, groups, width).permute(1, 2, 0, 3)
     k = _widen(k_SHD, width).permute(1, 0, 2)[:, None].expand(-1, groups, -1, -1)
     v = _widen(v_SHD, width).permute(1, 0, 2)[:, None].expand(-1, groups, -1, -1)
+    assert FLASH is not None
     out, lse = FLASH(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     out_THD = out.permute(2, 0, 1, 3).reshape(tokens, heads, width)[..., :value_dim]
     return out_THD, lse.reshape(kv_heads, groups, tokens).permute(2, 0, 1).reshape(tokens, heads)

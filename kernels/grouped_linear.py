@@ -4,29 +4,21 @@ Legend: T tokens, K inputs, k places of a token's top-k, N outputs, I expert wid
 weight, R rows sorted by expert, G groups (experts with rows), `starts` the row each group starts at.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
-from .compiled import (
-    address,
+from .checks import address, check_rows, check_tensor
+from .compiled import Part, arguments, call, run, share, workers_for
+from .scalars import (
     get_bfloat16,
     get_float32,
     get_int32,
-    get_int64,
-    kernel,
     put_bfloat16,
     put_float32,
-    put_int32,
     put_int64,
-    serial_kernel,
-    set_workers,
-    share,
     silu,
     stack_buffer,
-    workers_for,
 )
 from .tile import FLOAT32, dot_block, kind_of
 
@@ -36,63 +28,8 @@ COLUMNS = 64
 ROWS = 128
 _scratch = stack_buffer(ROWS * COLUMNS)
 _addresses = stack_buffer(2 * ROWS)
-_one_group = stack_buffer(3)
 
-
-@dataclass(frozen=True, kw_only=True)
-class SortedRows:
-    """Pairs (token, place in its top-k) sorted by expert, stable: within an expert they keep their order.
-
-    counts_E int64: rows of each expert; experts_G int32: experts with rows, ascending; starts int32 [G+1]:
-    first row of each group, then R; token_R int32: the token of each row; position_TK int32: the row of each
-    pair, -1 for none.
-    """
-
-    counts_E: torch.Tensor
-    experts_G: torch.Tensor
-    starts: torch.Tensor
-    token_R: torch.Tensor
-    position_TK: torch.Tensor
-
-
-@njit
-def sort_pairs(ids, wide, pairs, top_k, experts, counts, groups, starts, token, position):
-    """Counting sort of ids (int64 if wide, else int32); every array is an address.
-
-    Writes counts [experts] int64 and, int32, groups [experts], starts [experts + 1], token [pairs],
-    position [pairs]. Returns the number of groups, or -1 - p if the id at place p is not in -1..experts-1.
-    """
-    for e in range(experts):
-        put_int64(counts, e, 0)
-    for p in range(pairs):
-        e = get_int64(ids, p) if wide else np.int64(get_int32(ids, p))
-        if e < -1 or e >= experts:
-            return -1 - p
-        if e >= 0:
-            put_int64(counts, e, get_int64(counts, e) + 1)
-    found, row = 0, 0
-    for e in range(experts):
-        count = get_int64(counts, e)
-        if count:
-            put_int32(groups, found, e)
-            put_int32(starts, found, row)
-            found += 1
-            put_int64(counts, e, row)  # where the expert's next row goes, until the pairs are placed
-            row += count
-    put_int32(starts, found, row)
-    for p in range(pairs):
-        e = get_int64(ids, p) if wide else np.int64(get_int32(ids, p))
-        if e < 0:
-            put_int32(position, p, -1)
-        else:
-            row = get_int64(counts, e)
-            put_int32(position, p, row)
-            put_int32(token, row, p // top_k)
-            put_int64(counts, e, row + 1)
-    for g in range(found):
-        rows = get_int32(starts, g + 1) - get_int32(starts, g)
-        put_int64(counts, get_int32(groups, g), rows)
-    return found
+_linear_arguments, _combine_arguments = arguments(13), arguments(8)
 
 
 @njit
@@ -123,9 +60,10 @@ def row_addresses(out, first, rows, x, x_stride, row_index):
         put_int64(out, r, x + x_stride * (get_int32(row_index, first + r) if row_index else first + r))
 
 
-@njit
-def linear_part(part, parts, kind, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y):
+@Part
+def linear_part(part, parts, args):
     """One worker's columns of y = x @ w.T + bias for every group; x_stride in bytes."""
+    dot, kind, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y = _linear_arguments(args)
     size = 4 if kind == FLOAT32 else 2
     low, high = share(n, part, parts)
     x_rows, scratch = _addresses(), _scratch()
@@ -139,7 +77,7 @@ def linear_part(part, parts, kind, x, x_stride, row_index, groups, starts, exper
             for c in range(low, high, COLUMNS):
                 columns = min(COLUMNS, high - c)
                 w_rows = weight + c * k * size
-                dot_block(kind, x_rows, rows, w_rows, k * size, columns, k, scratch, np.int64(COLUMNS))
+                call(dot, kind, x_rows, rows, w_rows, k * size, columns, k, scratch, COLUMNS)
                 for r in range(rows):
                     values = scratch + 4 * r * COLUMNS
                     if bias:
@@ -147,9 +85,10 @@ def linear_part(part, parts, kind, x, x_stride, row_index, groups, starts, exper
                     store_row(kind, values, columns, y + ((first + r) * n + c) * size)
 
 
-@njit
-def gate_up_part(part, parts, kind, x, x_stride, row_index, groups, starts, experts, w, n, k, h):
+@Part
+def gate_up_part(part, parts, args):
     """One worker's columns of h = silu(x @ gate.T) * (x @ up.T); gate is the first n rows of w, up the next n."""
+    dot, kind, x, x_stride, row_index, groups, starts, experts, w, _, n, k, h = _linear_arguments(args)
     size = 4 if kind == FLOAT32 else 2
     low, high = share(n, part, parts)
     x_rows, gate, up = _addresses(), _scratch(), _scratch()
@@ -162,31 +101,13 @@ def gate_up_part(part, parts, kind, x, x_stride, row_index, groups, starts, expe
             for c in range(low, high, COLUMNS):
                 columns = min(COLUMNS, high - c)
                 w_gate, w_up = weight + c * k * size, weight + (n + c) * k * size
-                dot_block(kind, x_rows, rows, w_gate, k * size, columns, k, gate, np.int64(COLUMNS))
-                dot_block(kind, x_rows, rows, w_up, k * size, columns, k, up, np.int64(COLUMNS))
+                call(dot, kind, x_rows, rows, w_gate, k * size, columns, k, gate, COLUMNS)
+                call(dot, kind, x_rows, rows, w_up, k * size, columns, k, up, COLUMNS)
                 for r in range(rows):
                     values, ups = gate + 4 * r * COLUMNS, up + 4 * r * COLUMNS
                     for i in range(columns):
                         put_float32(values, i, silu(get_float32(values, i)) * get_float32(ups, i))
                     store_row(kind, values, columns, h + ((first + r) * n + c) * size)
-
-
-@kernel
-def run_grouped(workers, kind, gated, rows, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y):
-    """All groups. With starts 0 there is one, of all rows."""
-    if not starts:
-        starts = _one_group()
-        experts = starts + 8
-        put_int32(starts, 0, np.int32(0))
-        put_int32(starts, 1, np.int32(rows))
-        put_int32(experts, 0, np.int32(0))
-    set_workers(workers)
-    for p in prange(workers):
-        part = np.int64(p)
-        if gated:
-            gate_up_part(part, workers, kind, x, x_stride, row_index, groups, starts, experts, w, n, k, y)
-        else:
-            linear_part(part, workers, kind, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y)
 
 
 @njit
@@ -212,90 +133,34 @@ def combine_columns(y_kind, out_kind, y, y_stride, columns, position, weights, t
         store_row(out_kind, total, columns, out + t * out_stride)
 
 
-@njit
-def _combine_part(part, parts, kind, y, position, weights, tokens, top_k, n, out):
+@Part
+def _combine_part(part, parts, args):
+    kind, y, position, weights, tokens, top_k, n, out = _combine_arguments(args)
     size = 4 if kind == FLOAT32 else 2
     low, high = share(n, part, parts)
     for c in range(low, high, COLUMNS):
-        combine_columns(
-            kind, kind, y + c * size, n * size, min(COLUMNS, high - c), position, weights, tokens, top_k,
-            out + c * size, n * size,
-        )  # fmt: skip
+        columns = min(COLUMNS, high - c)
+        y_place, out_place, row = y + c * size, out + c * size, n * size
+        combine_columns(kind, kind, y_place, row, columns, position, weights, tokens, top_k, out_place, row)
 
 
-@kernel
-def run_combine(workers, kind, y, position, weights, tokens, top_k, n, out):
-    set_workers(workers)
-    for p in prange(workers):
-        _combine_part(np.int64(p), workers, kind, y, position, weights, tokens, top_k, n, out)
-
-
-@serial_kernel
-def run_sort(ids, wide, pairs, top_k, experts, counts, groups, starts, token, position):
-    return sort_pairs(ids, wide, pairs, top_k, experts, counts, groups, starts, token, position)
-
-
-def check_rows(name: str, x: torch.Tensor) -> None:
-    """A matrix in CPU memory whose rows are contiguous."""
-    if not x.is_cpu or x.ndim != 2 or (x.stride(1) != 1 and x.shape[1] > 1):
-        raise ValueError(f"{name}: a CPU matrix with contiguous rows is needed, not {describe(x)}")
-
-
-def check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """A contiguous CPU tensor of this shape and dtype."""
-    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise ValueError(f"{name}: a contiguous CPU tensor {list(shape)} of {dtype} is needed, not {describe(tensor)}")
-
-
-def describe(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} with strides {list(tensor.stride())}, {tensor.dtype} on {tensor.device}"
-
-
-def check_pairs(ids_TK: torch.Tensor) -> None:
-    if ids_TK.ndim != 2 or ids_TK.dtype not in (torch.int32, torch.int64) or not ids_TK.is_contiguous():
-        raise ValueError(f"ids_TK: a contiguous int32 or int64 matrix is needed, not {describe(ids_TK)}")
-
-
-def sort_rows(ids_TK: torch.Tensor, experts: int) -> SortedRows:
-    """Sort the pairs of ids_TK (int32 or int64; -1 for none) by expert. ValueError for an id outside -1..experts-1."""
-    check_pairs(ids_TK)
-    pairs = ids_TK.numel()
-    counts = torch.empty(experts, dtype=torch.int64)
-    groups = torch.empty(experts, dtype=torch.int32)
-    starts = torch.empty(experts + 1, dtype=torch.int32)
-    token = torch.empty(pairs, dtype=torch.int32)
-    position = torch.empty(ids_TK.shape, dtype=torch.int32)
-    found = run_sort(
-        ids_TK.data_ptr(), int(ids_TK.dtype is torch.int64), pairs, ids_TK.shape[1], experts,
-        *(t.data_ptr() for t in (counts, groups, starts, token, position)),
-    )  # fmt: skip
-    if found < 0:
-        raise ValueError(f"ids_TK: expert {int(ids_TK.flatten()[-1 - found])} is not in -1..{experts - 1}")
-    starts = starts[: found + 1]
-    return SortedRows(
-        counts_E=counts, experts_G=groups[:found], starts=starts, token_R=token[: int(starts[-1])], position_TK=position
-    )
-
-
-def _run(x, weight, n, gated, bias, starts, experts, row_index):
+def _run(x, weight, n, part, bias, starts, experts, row_index):
     """Shared by the two grouped layers: checks that both need, then the kernel."""
-    kind = kind_of(x.dtype)
-    check_rows("x_TK", x)
-    for name, index in (("starts", starts), ("experts_G", experts), ("row_index_R", row_index)):
-        if index is not None and (index.ndim != 1 or index.dtype is not torch.int32 or not index.is_contiguous()):
-            raise ValueError(f"{name}: a contiguous int32 vector is needed, not {describe(index)}")
-    if len(starts) != len(experts) + 1:
-        raise ValueError(f"starts: {len(experts) + 1} values are needed for {len(experts)} groups, not {len(starts)}")
-    rows = x.shape[0] if row_index is None else len(row_index)
+    check_rows("x_TK", x, (x.shape[0], weight.shape[2]), x.dtype)
+    check_tensor("experts_G", experts, (len(experts),), torch.int32)
+    check_tensor("starts", starts, (len(experts) + 1,), torch.int32)
+    rows = x.shape[0]
+    if row_index is not None:
+        rows = len(row_index)
+        check_tensor("row_index_R", row_index, (rows,), torch.int32)
     y = x.new_empty(rows, n)
-    if rows == 0 or len(experts) == 0:
-        return y
-    size = x.element_size()
-    run_grouped(
-        workers_for(weight[0].numel() * size * len(experts)), kind, gated, rows, x.data_ptr(), x.stride(0) * size,
-        address(row_index), len(experts), starts.data_ptr(), experts.data_ptr(), weight.data_ptr(), address(bias), n,
-        x.shape[1], y.data_ptr(),
-    )  # fmt: skip
+    if rows and len(experts):
+        size = x.element_size()
+        run(
+            workers_for(weight[0].numel() * size * len(experts)), part, dot_block.address, kind_of(x.dtype),
+            x.data_ptr(), x.stride(0) * size, address(row_index), len(experts), starts.data_ptr(), experts.data_ptr(),
+            weight.data_ptr(), address(bias), n, x.shape[1], y.data_ptr(),
+        )  # fmt: skip
     return y
 
 
@@ -317,7 +182,7 @@ def grouped_linear(
     check_tensor("weight_ENK", weight_ENK, (experts, n, x_TK.shape[-1]), x_TK.dtype)
     if bias_EN is not None:
         check_tensor("bias_EN", bias_EN, (experts, n), x_TK.dtype)
-    return _run(x_TK, weight_ENK, n, 0, bias_EN, starts, experts_G, row_index_R)
+    return _run(x_TK, weight_ENK, n, linear_part, bias_EN, starts, experts_G, row_index_R)
 
 
 def grouped_gate_up_silu(
@@ -332,7 +197,7 @@ def grouped_gate_up_silu(
     check_tensor("weight_E2IK", weight_E2IK, (experts, two_n, x_TK.shape[-1]), x_TK.dtype)
     if two_n % 2:
         raise ValueError(f"weight_E2IK: gate and up rows must be as many, but there are {two_n} rows in all")
-    return _run(x_TK, weight_E2IK, two_n // 2, 1, None, starts, experts_G, row_index_R)
+    return _run(x_TK, weight_E2IK, two_n // 2, gate_up_part, None, starts, experts_G, row_index_R)
 
 
 def combine(y_RN: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -349,8 +214,8 @@ def combine(y_RN: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Ten
         raise ValueError(f"weights_TK: {list(position_TK.shape)} weights are needed, not {list(weights_TK.shape)}")
     weights = weights_TK.to(torch.float32).contiguous()
     out = y_RN.new_empty(tokens, n)
-    workers = workers_for(position_TK.numel() * n * y_RN.element_size())
-    run_combine(
-        workers, kind, y_RN.data_ptr(), position_TK.data_ptr(), weights.data_ptr(), tokens, top_k, n, out.data_ptr()
-    )
+    run(
+        workers_for(position_TK.numel() * n * y_RN.element_size()), _combine_part, kind, y_RN.data_ptr(),
+        position_TK.data_ptr(), weights.data_ptr(), tokens, top_k, n, out.data_ptr(),
+    )  # fmt: skip
     return out

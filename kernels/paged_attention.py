@@ -8,34 +8,39 @@ sequence's result depends neither on the number of threads nor on its neighbours
 Legend: S sequences, H query heads, Hk key heads, G = H / Hk, D key width, Dv value width.
 """
 
+import struct
+
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
-from .compiled import (
+from .checks import address, check_rows, check_tensor
+from .compiled import Part, arguments, call, kernel, run, workers_for
+from .grouped_linear import store_row
+from .scalars import (
     exp,
+    float32_from,
     get_float32,
     get_int32,
     get_int64,
-    kernel,
     larger,
     put_float32,
     put_int64,
-    serial_kernel,
-    set_workers,
     stack_buffer,
     tanh,
-    workers_for,
 )
-from .grouped_linear import check_tensor, store_row
 from .tile import FLOAT32, dot_block, kind_of
 from .value_tile import add_rows
 
 _CHUNK = 256
 
-# The widest value row.
-_MAX_VALUE_WIDTH = 4096
-_value_row = stack_buffer(_MAX_VALUE_WIDTH)
+# Limits of what is kept on the stack: values of a row, and query heads that share a key head.
+_MAX_WIDTH = 4096
+_MAX_GROUP = 1024
+_value_row = stack_buffer(_MAX_WIDTH)
+_q_rows = stack_buffer(2 * _MAX_GROUP)
+
+_pieces_arguments, _merge_arguments = arguments(31), arguments(11)
 
 
 @njit
@@ -43,7 +48,7 @@ def _first_chunk(length, window):
     return (max(length - window, 0) if window else 0) // _CHUNK
 
 
-@serial_kernel
+@kernel
 def _plan(sequences, key_heads, lengths, window, table, table_stride, blocks, block_size, limit, pieces):
     """Write to `pieces` (int64 [S + 1]) where each sequence's pieces of work start; return how many there are,
     or -1 - s if sequence s is longer than its row of the table, or names a block that does not exist."""
@@ -98,15 +103,19 @@ def _add_row(out, weight, values, width):
         put_float32(out, d, get_float32(out, d) + weight * get_float32(values, d))
 
 
-@njit
-def _pieces_part(
-    part, parts, kind, sequences, heads, key_heads, width, value_width, q_rows, keys, key_block, key_position,
-    key_head, values, value_block, value_position, value_head, block_size, table, table_stride, lengths, window,
-    scale, softcap, pieces, scores, tops, sums, outs,
-):  # fmt: skip
+@Part
+def _pieces_part(part, parts, args):
     """One worker's pieces. Writes for each piece and head of its group: largest score, sum of exponentials, and
-    the exponentials' sum of values. Strides are in bytes."""
+    the exponentials' sum of values. Strides are in bytes; scores is room for group * _CHUNK for each worker."""
+    (
+        dot, add, kind, sequences, heads, key_heads, width, value_width, q, q_sequence, q_head, keys, key_block,
+        key_position, key_head, values, value_block, value_position, value_head, block_size, table, table_stride,
+        lengths, window, scale_bits, softcap_bits, pieces, scores, tops, sums, outs,
+    ) = _pieces_arguments(args)  # fmt: skip
+    scale, softcap = float32_from(scale_bits), float32_from(softcap_bits)
     group = heads // key_heads
+    scores += part * group * 4 * _CHUNK
+    q_rows = _q_rows()
     total = get_int64(pieces, sequences)
     s = 0
     for piece in range(total * part // parts, total * (part + 1) // parts):
@@ -118,14 +127,15 @@ def _pieces_part(
         chunk = _first_chunk(length, window) + local // key_heads
         begin = max(chunk * _CHUNK, length - window if window else 0)
         end = min((chunk + 1) * _CHUNK, length)
-        q = q_rows + 8 * (s * heads + head * group)
+        for g in range(group):
+            put_int64(q_rows, g, q + s * q_sequence + (head * group + g) * q_head)
 
         at = begin
         while at < end:
             n = min(block_size - at % block_size, end - at)
             block = np.int64(get_int32(table, s * table_stride + at // block_size))
             row = keys + block * key_block + at % block_size * key_position + head * key_head
-            dot_block(kind, q, group, row, key_position, n, width, scores + 4 * (at - begin), np.int64(_CHUNK))
+            call(dot, kind, q_rows, group, row, key_position, n, width, scores + 4 * (at - begin), _CHUNK)
             at += n
         out = outs + 4 * piece * group * value_width
         for g in range(group):
@@ -141,13 +151,15 @@ def _pieces_part(
             n = min(block_size - at % block_size, end - at)
             block = np.int64(get_int32(table, s * table_stride + at // block_size))
             row = values + block * value_block + at % block_size * value_position + head * value_head
-            add_rows(kind, scores + 4 * (at - begin), np.int64(_CHUNK), group, n, row, value_position, out, value_width)
+            weights = scores + 4 * (at - begin)
+            call(add, kind, weights, _CHUNK, group, n, row, value_position, out, value_width)
             at += n
 
 
-@njit
-def _merge_part(part, parts, kind, sequences, heads, key_heads, width, sinks, pieces, tops, sums, outs, out):
+@Part
+def _merge_part(part, parts, args):
     """One worker's heads of the result, from their pieces."""
+    kind, sequences, heads, key_heads, width, sinks, pieces, tops, sums, outs, out = _merge_arguments(args)
     size = 4 if kind == FLOAT32 else 2
     group = heads // key_heads
     total = _value_row()
@@ -169,31 +181,6 @@ def _merge_part(part, parts, kind, sequences, heads, key_heads, width, sinks, pi
             for i in range(width):
                 put_float32(total, i, get_float32(total, i) / below)
         store_row(kind, total, width, out + row * width * size)
-
-
-@kernel
-def _attention(
-    workers, kind, sequences, heads, key_heads, width, value_width, q, q_sequence, q_head, q_rows, keys, key_block,
-    key_position, key_head, values, value_block, value_position, value_head, block_size, table, table_stride,
-    lengths, window, scale, softcap, sinks, pieces, scores, tops, sums, outs, out,
-):  # fmt: skip
-    for s in range(sequences):
-        for h in range(heads):
-            put_int64(q_rows, s * heads + h, q + s * q_sequence + h * q_head)
-    scale, softcap = np.float32(scale), np.float32(softcap)
-    set_workers(workers)
-    for p in prange(workers):
-        part = np.int64(p)
-        own = scores + part * (heads // key_heads) * 4 * _CHUNK
-        _pieces_part(
-            part, workers, kind, sequences, heads, key_heads, width, value_width, q_rows, keys, key_block,
-            key_position, key_head, values, value_block, value_position, value_head, block_size, table,
-            table_stride, lengths, window, scale, softcap, pieces, own, tops, sums, outs,
-        )  # fmt: skip
-    for p in prange(workers):
-        _merge_part(
-            np.int64(p), workers, kind, sequences, heads, key_heads, value_width, sinks, pieces, tops, sums, outs, out
-        )
 
 
 def paged_decode_attention(
@@ -218,22 +205,17 @@ def paged_decode_attention(
     sequences, heads, width = q_SHD.shape
     blocks, block_size, key_heads, _ = key_cache.shape
     value_width = value_cache.shape[3]
-    for name, tensor, shape in (
-        ("q_SHD", q_SHD, (sequences, heads, width)),
-        ("key_cache", key_cache, (blocks, block_size, key_heads, width)),
-        ("value_cache", value_cache, (blocks, block_size, key_heads, value_width)),
-    ):
-        if tensor.shape != shape or tensor.dtype is not q_SHD.dtype or tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name}: {list(shape)} of {q_SHD.dtype} with a contiguous last dimension is needed, not "
-                f"{list(tensor.shape)} of {tensor.dtype} with strides {list(tensor.stride())}"
-            )
+    check_rows("q_SHD", q_SHD, (sequences, heads, width), q_SHD.dtype)
+    check_rows("key_cache", key_cache, (blocks, block_size, key_heads, width), q_SHD.dtype)
+    check_rows("value_cache", value_cache, (blocks, block_size, key_heads, value_width), q_SHD.dtype)
     check_tensor("seq_lens", seq_lens, (sequences,), torch.int32)
     check_tensor("block_table", block_table, (sequences, block_table.shape[-1]), torch.int32)
-    if heads % key_heads:
-        raise ValueError(f"q_SHD: {heads} query heads are not a multiple of {key_heads} key heads")
-    if value_width > _MAX_VALUE_WIDTH:
-        raise ValueError(f"value_cache: rows of {value_width} values are too wide; the limit is {_MAX_VALUE_WIDTH}")
+    group = heads // key_heads
+    if group * key_heads != heads or group > _MAX_GROUP or value_width > _MAX_WIDTH:
+        raise ValueError(
+            f"q_SHD: {heads} query heads must be a multiple, at most {_MAX_GROUP}, of the {key_heads} key heads, and "
+            f"value rows of {value_width} at most {_MAX_WIDTH} wide"
+        )
     sinks = None
     if sinks_H is not None:
         sinks = sinks_H.to(torch.float32).contiguous()
@@ -242,10 +224,10 @@ def paged_decode_attention(
     out = q_SHD.new_empty(sequences, heads, value_width)
     pieces = torch.empty(sequences + 1, dtype=torch.int64)
     limit = block_table.shape[1] * block_size
+    table, table_stride, lengths = block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr()
     total = _plan(
-        sequences, key_heads, seq_lens.data_ptr(), window, block_table.data_ptr(), block_table.stride(0), blocks,
-        block_size, limit, pieces.data_ptr(),
-    )  # fmt: skip
+        sequences, key_heads, lengths, window, table, table_stride, blocks, block_size, limit, pieces.data_ptr()
+    )
     if total < 0:
         s = -1 - total
         raise ValueError(
@@ -253,19 +235,26 @@ def paged_decode_attention(
             f"has, or one outside 0..{blocks - 1}"
         )
     size = q_SHD.element_size()
-    group = heads // key_heads
     workers = workers_for(total * min(_CHUNK, limit) * (width + value_width) * size)
-    rows = torch.empty(sequences * heads, dtype=torch.int64)
     room = torch.empty(workers * group * _CHUNK + total * group * (2 + value_width), dtype=torch.float32)
     scores = room.data_ptr()
     tops = scores + 4 * workers * group * _CHUNK
     sums = tops + 4 * total * group
+    outs = sums + 4 * total * group
     q, k, v = ([step * size for step in t.stride()] for t in (q_SHD, key_cache, value_cache))
-    _attention(
-        workers, kind, sequences, heads, key_heads, width, value_width, q_SHD.data_ptr(), q[0], q[1],
-        rows.data_ptr(), key_cache.data_ptr(), k[0], k[1], k[2], value_cache.data_ptr(), v[0], v[1], v[2],
-        block_size, block_table.data_ptr(), block_table.stride(0), seq_lens.data_ptr(), window, float(scale),
-        float(softcap), 0 if sinks is None else sinks.data_ptr(), pieces.data_ptr(), scores, tops, sums,
-        sums + 4 * total * group, out.data_ptr(),
+    run(
+        workers, _pieces_part, dot_block.address, add_rows.address, kind, sequences, heads, key_heads, width,
+        value_width, q_SHD.data_ptr(), q[0], q[1], key_cache.data_ptr(), k[0], k[1], k[2], value_cache.data_ptr(),
+        v[0], v[1], v[2], block_size, table, table_stride, lengths, window, _bits(scale), _bits(softcap),
+        pieces.data_ptr(), scores, tops, sums, outs,
+    )  # fmt: skip
+    run(
+        workers, _merge_part, kind, sequences, heads, key_heads, value_width, address(sinks), pieces.data_ptr(), tops,
+        sums, outs, out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def _bits(value: float) -> int:
+    """A float32's bits, as kernels take only integers."""
+    return struct.unpack("i", struct.pack("f", value))[0]

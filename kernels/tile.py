@@ -22,6 +22,8 @@ from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
+from .compiled import Part
+
 FLOAT32, BFLOAT16, BFLOAT16_DOT = 0, 1, 2
 
 _FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
@@ -62,7 +64,7 @@ def _multiply_add(builder, kind, total, x, w):
         dot = cgutils.get_or_insert_function(builder.module, form, name)
         return builder.call(dot, [total, x, w])
     form = ir.FunctionType(floats, [floats] * 3)
-    fma = cgutils.get_or_insert_function(builder.module, form, f"llvm.fma.v{LANES}f32")
+    fma = cgutils.get_or_insert_function(builder.module, form, f"llvm.fmuladd.v{LANES}f32")
     if kind == FLOAT32:
         return builder.call(fma, [builder.bitcast(x, floats), builder.bitcast(w, floats), total])
     half, mask = ir.Constant(lanes, [16] * LANES), ir.Constant(lanes, [0xFFFF0000] * LANES)
@@ -89,9 +91,7 @@ def _sum_lanes(builder, vectors):
         halves = [ir.Constant(ir.VectorType(_I32, lanes // 2), [i + up for i in lower]) for up in (0, width)]
         vectors = [builder.fadd(*(builder.shuffle_vector(a, b, half) for half in halves)) for a, b in pairs]
     lanes = vectors[0].type.count
-    return [
-        builder.extract_element(vectors[i // lanes], ir.Constant(_I32, i % lanes)) for i in range(count)
-    ]
+    return [builder.extract_element(vectors[i // lanes], ir.Constant(_I32, i % lanes)) for i in range(count)]
 
 
 def _tile(kind: int, rows: int, columns: int):
@@ -202,79 +202,75 @@ def _write_tile(builder, kind, rows, columns, x, w, stride, k, out, out_stride):
         builder.store(value, builder.gep(out, [place]))
 
 
-def _block(kind: int):
-    """Compiled `block(x, rows, w, stride, columns, k, out, out_stride)` for any number of rows and columns.
+def _shapes(rows: int, columns: int):
+    """The tile of one shape for a kind chosen as it runs."""
+    float32, bfloat16 = _tile(FLOAT32, rows, columns), _tile(BFLOAT16, rows, columns)
+    dot = _tile(BFLOAT16_DOT if HAS_BFLOAT16_DOT else BFLOAT16, rows, columns)
+
+    @njit
+    def tile(kind, x, w, stride, k, out, out_stride):
+        if kind == FLOAT32:
+            float32(x, w, stride, k, out, out_stride)
+        elif kind == BFLOAT16:
+            bfloat16(x, w, stride, k, out, out_stride)
+        else:
+            dot(x, w, stride, k, out, out_stride)
+
+    return tile
+
+
+_1x1, _2x1, _1x4, _2x4, _3x2, _4x2 = (_shapes(*shape) for shape in ((1, 1), (2, 1), (1, 4), (2, 4), (3, 2), (4, 2)))
+
+
+@njit
+def _narrow(kind, x, rows, w, stride, columns, k, out, out_stride):
+    """One or two rows at a time."""
+    c = 0
+    if stride != k * (4 if kind == FLOAT32 else 2):  # no stream to follow: take short rows four at a time
+        while columns - c >= 4:
+            if rows == 2:
+                _2x4(kind, x, w + c * stride, stride, k, out + 4 * c, out_stride)
+            else:
+                for r in range(rows):
+                    _1x4(kind, x + 8 * r, w + c * stride, stride, k, out + 4 * (r * out_stride + c), out_stride)
+            c += 4
+    while c < columns:
+        if rows == 2:
+            _2x1(kind, x, w + c * stride, stride, k, out + 4 * c, out_stride)
+        else:
+            for r in range(rows):
+                _1x1(kind, x + 8 * r, w + c * stride, stride, k, out + 4 * (r * out_stride + c), out_stride)
+        c += 1
+
+
+@Part
+def dot_block(kind, x, rows, w, stride, columns, k, out, out_stride):
+    """out[r, c] = sum over k of x[r, k] * w[c, k], in float32, for any number of rows and columns.
+
+    x: address of `rows` int64 row addresses; w: address of the first of `columns` rows, `stride` bytes
+    apart; out: address of float32 values, rows `out_stride` elements apart. Rows are contiguous along k.
 
     Tiles of four rows by two columns reach the processor's peak and fit 16 registers. Up to eight rows take a
     pair of weight rows from the first-level cache again, more take the whole block from the second-level cache;
     memory is read once.
     """
-    if kind == BFLOAT16_DOT and not HAS_BFLOAT16_DOT:
-        kind = BFLOAT16
-    size = 4 if kind == FLOAT32 else 2
-    one, two = _tile(kind, 1, 1), _tile(kind, 2, 1)
-    one_wide, two_wide = _tile(kind, 1, 4), _tile(kind, 2, 4)
-    three, four = _tile(kind, 3, 2), _tile(kind, 4, 2)
-
-    @njit
-    def narrow(x, rows, w, stride, columns, k, out, out_stride):
-        c = 0
-        if stride != k * size:  # no stream to follow: take short rows four at a time
-            while columns - c >= 4:
-                if rows == 2:
-                    two_wide(x, w + c * stride, stride, k, out + 4 * c, out_stride)
-                else:
-                    for r in range(rows):
-                        one_wide(x + 8 * r, w + c * stride, stride, k, out + 4 * (r * out_stride + c), out_stride)
-                c += 4
-        while c < columns:
-            if rows == 2:
-                two(x, w + c * stride, stride, k, out + 4 * c, out_stride)
-            else:
-                for r in range(rows):
-                    one(x + 8 * r, w + c * stride, stride, k, out + 4 * (r * out_stride + c), out_stride)
-            c += 1
-
-    @njit
-    def block(x, rows, w, stride, columns, k, out, out_stride):
-        if rows <= 2:
-            narrow(x, rows, w, stride, columns, k, out, out_stride)
-            return
-        pairs = columns // 2
-        for first in range(0, rows, _ROWS):
-            end = min(first + _ROWS, rows)
-            for pair in range(pairs):
-                w_pair = w + 2 * pair * stride
-                out_pair = out + 8 * pair
-                r = first
-                while end - r >= 4:
-                    four(x + 8 * r, w_pair, stride, k, out_pair + 4 * r * out_stride, out_stride)
-                    r += 4
-                if end - r == 3:
-                    three(x + 8 * r, w_pair, stride, k, out_pair + 4 * r * out_stride, out_stride)
-                elif end > r:
-                    narrow(
-                        x + 8 * r, end - r, w_pair, stride, np.int64(2), k, out_pair + 4 * r * out_stride, out_stride
-                    )
-        if columns % 2:
-            narrow(x, rows, w + 2 * pairs * stride, stride, np.int64(1), k, out + 8 * pairs, out_stride)
-
-    return block
-
-
-_float32, _bfloat16, _bfloat16_dot = _block(FLOAT32), _block(BFLOAT16), _block(BFLOAT16_DOT)
-
-
-@njit
-def dot_block(kind, x, rows, w, stride, columns, k, out, out_stride):
-    """out[r, c] = sum over k of x[r, k] * w[c, k], in float32.
-
-    x: address of `rows` int64 row addresses; w: address of the first of `columns` rows, `stride` bytes
-    apart; out: address of float32 values, rows `out_stride` elements apart. Rows are contiguous along k.
-    """
-    if kind == FLOAT32:
-        _float32(x, rows, w, stride, columns, k, out, out_stride)
-    elif kind == BFLOAT16:
-        _bfloat16(x, rows, w, stride, columns, k, out, out_stride)
-    else:
-        _bfloat16_dot(x, rows, w, stride, columns, k, out, out_stride)
+    if rows <= 2:
+        _narrow(kind, x, rows, w, stride, columns, k, out, out_stride)
+        return
+    pairs = columns // 2
+    for first in range(0, rows, _ROWS):
+        end = min(first + _ROWS, rows)
+        for pair in range(pairs):
+            w_pair = w + 2 * pair * stride
+            out_pair = out + 8 * pair
+            r = first
+            while end - r >= 4:
+                _4x2(kind, x + 8 * r, w_pair, stride, k, out_pair + 4 * r * out_stride, out_stride)
+                r += 4
+            if end - r == 3:
+                _3x2(kind, x + 8 * r, w_pair, stride, k, out_pair + 4 * r * out_stride, out_stride)
+            elif end > r:
+                two, out_rest = np.int64(2), out_pair + 4 * r * out_stride
+                _narrow(kind, x + 8 * r, end - r, w_pair, stride, two, k, out_rest, out_stride)
+    if columns % 2:
+        _narrow(kind, x, rows, w + 2 * pairs * stride, stride, np.int64(1), k, out + 8 * pairs, out_stride)

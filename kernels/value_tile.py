@@ -4,12 +4,12 @@ A tile keeps a stretch of up to four results in registers while it walks over al
 """
 
 import llvmlite.ir as ir
-import numpy as np
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .compiled import get_bfloat16, get_float32, put_float32
+from .compiled import Part
+from .scalars import get_bfloat16, get_float32, put_float32
 from .tile import BFLOAT16, FLOAT32, LANES
 
 _I16, _I32, _I64 = (ir.IntType(n) for n in (16, 32, 64))
@@ -50,7 +50,7 @@ def _write_tile(builder, kind, results, weights, weights_stride, rows, row, stri
     loaded = floats if kind == FLOAT32 else ir.VectorType(_I16, LANES)
     vectors = 1 if kind == FLOAT32 else 2
     fma = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{LANES}f32"
+        builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fmuladd.v{LANES}f32"
     )
 
     def i64(n):
@@ -80,9 +80,7 @@ def _write_tile(builder, kind, results, weights, weights_stride, rows, row, stri
             index = builder.add(builder.mul(weights_stride, i64(g)), loop.index)
             weight = builder.load(element(weights, index, _F32))
             one = builder.insert_element(ir.Constant(floats, ir.Undefined), weight, ir.Constant(_I32, 0))
-            splat = builder.shuffle_vector(
-                one, ir.Constant(floats, ir.Undefined), ir.Constant(lanes, [0] * LANES)
-            )
+            splat = builder.shuffle_vector(one, ir.Constant(floats, ir.Undefined), ir.Constant(lanes, [0] * LANES))
             for v, value in enumerate(values):
                 builder.store(builder.call(fma, [splat, value, builder.load(total[g][v])]), total[g][v])
     for g in range(results):
@@ -90,49 +88,52 @@ def _write_tile(builder, kind, results, weights, weights_stride, rows, row, stri
             builder.store(builder.load(total[g][v]), place(g, v), align=4)
 
 
-def _add(kind: int):
-    one, two, four = _tile(kind, 1), _tile(kind, 2), _tile(kind, 4)
-    size = 4 if kind == FLOAT32 else 2
-    columns = LANES * 4 // size
+def _shapes(results: int):
+    """The tile of one shape for a kind chosen as it runs."""
+    float32, bfloat16 = _tile(FLOAT32, results), _tile(BFLOAT16, results)
 
     @njit
-    def add(weights, weights_stride, group, rows, row, stride, out, width):
-        g = 0
-        while g < group:
-            step = 4 if group - g >= 4 else 2 if group - g >= 2 else 1
-            w, o = weights + 4 * g * weights_stride, out + 4 * g * width
-            for c in range(0, width - columns + 1, columns):
-                if step == 4:
-                    four(w, weights_stride, rows, row + c * size, stride, o + 4 * c, width)
-                elif step == 2:
-                    two(w, weights_stride, rows, row + c * size, stride, o + 4 * c, width)
-                else:
-                    one(w, weights_stride, rows, row + c * size, stride, o + 4 * c, width)
-            for c in range(width - width % columns, width):
-                for j in range(g, g + step):
-                    total = get_float32(out, j * width + c)
-                    for i in range(rows):
-                        value = (
-                            get_float32(row + i * stride, c) if kind == FLOAT32 else get_bfloat16(row + i * stride, c)
-                        )
-                        total += get_float32(weights, j * weights_stride + i) * value
-                    put_float32(out, j * width + c, total)
-            g += step
+    def tile(kind, weights, weights_stride, rows, row, stride, out, out_stride):
+        if kind == FLOAT32:
+            float32(weights, weights_stride, rows, row, stride, out, out_stride)
+        else:
+            bfloat16(weights, weights_stride, rows, row, stride, out, out_stride)
 
-    return add
+    return tile
 
 
-_float32, _bfloat16 = _add(FLOAT32), _add(BFLOAT16)
+_1, _2, _4 = _shapes(1), _shapes(2), _shapes(4)
 
 
 @njit
+def _get(kind, row, i):
+    return get_float32(row, i) if kind == FLOAT32 else get_bfloat16(row, i)
+
+
+@Part
 def add_rows(kind, weights, weights_stride, group, rows, row, stride, out, width):
     """out[g] += sum over i of weights[g, i] * row[i], in float32, for `group` results of `width` values.
 
     weights: address of float32, rows `weights_stride` elements apart; row: address of the first of `rows` rows,
     `stride` bytes apart, float32 or bfloat16 by kind; out: address of float32, contiguous.
     """
-    if kind == FLOAT32:
-        _float32(weights, weights_stride, group, rows, row, stride, out, width)
-    else:
-        _bfloat16(weights, weights_stride, group, rows, row, stride, out, width)
+    size = 4 if kind == FLOAT32 else 2
+    columns = LANES * 4 // size
+    g = 0
+    while g < group:
+        step = 4 if group - g >= 4 else 2 if group - g >= 2 else 1
+        w, o = weights + 4 * g * weights_stride, out + 4 * g * width
+        for c in range(0, width - columns + 1, columns):
+            if step == 4:
+                _4(kind, w, weights_stride, rows, row + c * size, stride, o + 4 * c, width)
+            elif step == 2:
+                _2(kind, w, weights_stride, rows, row + c * size, stride, o + 4 * c, width)
+            else:
+                _1(kind, w, weights_stride, rows, row + c * size, stride, o + 4 * c, width)
+        for c in range(width - width % columns, width):
+            for j in range(g, g + step):
+                total = get_float32(out, j * width + c)
+                for i in range(rows):
+                    total += get_float32(weights, j * weights_stride + i) * _get(kind, row + i * stride, c)
+                put_float32(out, j * width + c, total)
+        g += step

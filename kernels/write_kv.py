@@ -6,8 +6,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .compiled import get_int64, serial_kernel
-from .grouped_linear import check_tensor
+from .checks import check_rows, check_tensor
+from .compiled import kernel
+from .scalars import get_int64
 
 
 @intrinsic
@@ -22,7 +23,7 @@ def _copy(typingctx, target, source, size):
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
-@serial_kernel
+@kernel
 def _write(tokens, heads, size, new, new_token, new_head, cache, block, position, head, block_size, blocks, slots):
     """Sizes and strides in bytes. Returns 0, or 1 + t if token t's slot does not exist."""
     for t in range(tokens):
@@ -43,19 +44,17 @@ def write_kv(
     value_cache: torch.Tensor,
     slot_T: torch.Tensor,
 ) -> None:
-    """key_cache and value_cache [blocks, block_size, H, D or Dv]: position slot % block_size of block slot // block_size
-    takes token t's row, for slot = slot_T[t] (int64); -1 writes nothing. Any dtype; last dimensions are contiguous."""
+    """Copy token t's rows to slot_T[t] (int64) of both caches, [blocks, block_size, H, D or Dv].
+
+    Slot s is position s % block_size of block s // block_size; -1 writes nothing. Any dtype; last dimensions are
+    contiguous.
+    """
     tokens = key_THD.shape[0]
     check_tensor("slot_T", slot_T, (tokens,), torch.int64)
     for name, new, cache in (("key", key_THD, key_cache), ("value", value_THDv, value_cache)):
         blocks, block_size, heads, width = cache.shape
-        if new.shape != (tokens, heads, width) or new.dtype is not cache.dtype:
-            raise ValueError(
-                f"{name}: {[tokens, heads, width]} of {cache.dtype} is needed for this cache, not {list(new.shape)} "
-                f"of {new.dtype}"
-            )
-        if not (new.is_cpu and cache.is_cpu) or new.stride(2) != 1 or cache.stride(3) != 1:
-            raise ValueError(f"{name}: rows and cache must be in CPU memory with a contiguous last dimension")
+        check_rows(name, new, (tokens, heads, width), cache.dtype)
+        check_rows(f"{name}_cache", cache, cache.shape, cache.dtype)
         size = cache.element_size()
         steps = [step * size for step in cache.stride()]
         bad = _write(

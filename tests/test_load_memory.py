@@ -10,8 +10,12 @@ import tiny
 SCRIPT = """
 import json, sys
 from pathlib import Path
+from moeyard.engine import engine  # with all that it imports, compiled kernels included
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.loader import draw, load
+from moeyard.kernels.warm_up import warm_up
+
+warm_up()
 
 def peak():
     status = Path("/proc/self/status").read_text().split()
