@@ -16,8 +16,8 @@ from ..kernels.grouped_mm import grouped_mm
 from .dispatch import LocalDispatcher
 from .experts import ExpertPool
 
-SMALL_ROWS = 16
-"""Mean rows per expert up to which the compiled CPU kernel beats one GEMM per expert."""
+FEW_ROWS = 16
+"""Mean rows per expert up to which the compiled CPU kernels beat one GEMM per expert."""
 
 
 class MoELayer:
@@ -27,15 +27,14 @@ class MoELayer:
         self.pool = pool
         self.dispatcher = LocalDispatcher(pool.num_slots)
         self.gate: Any = module._apply_gate if pool.spec.has_gate else module.act_fn
-        self.is_swiglu = pool.spec.has_gate and not pool.spec.has_bias and _is_swiglu(self.gate, pool.up_SND.shape[1])
-        self._small = _small_rows_function(pool) if self.is_swiglu else None
+        self._few_rows = _few_rows_function(pool, self.gate)
         self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.up_SND.device)
 
     def __call__(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The experts' weighted outputs [T, D] for the router's choice."""
         pool = self.pool
-        if self._small is not None and ids_TK.numel() <= SMALL_ROWS * pool.num_slots:
-            out_TD, counts_E = self._small(x_TD, ids_TK, weights_TK, pool.up_SND, pool.down_SDI)
+        if self._few_rows is not None and ids_TK.numel() <= FEW_ROWS * pool.num_slots:
+            out_TD, counts_E = self._few_rows(x_TD, ids_TK, weights_TK)
             self.counts_E += counts_E
             return out_TD
         if x_TD.device.type == "cpu":
@@ -58,13 +57,30 @@ def _is_swiglu(gate: Any, width: int) -> bool:
     return torch.allclose(gate(sample), F.silu(first) * second, rtol=1e-5, atol=1e-6)
 
 
-def _small_rows_function(pool: ExpertPool) -> Any:
-    """One compiled call for a whole layer with few rows per expert, where there is one."""
+def _few_rows_function(pool: ExpertPool, gate: Any) -> Any:
+    """A function of (x_TD, ids_TK, weights_TK) for few rows per expert, which gives (out_TD, counts_E), or None.
+
+    One compiled call for the whole layer where the experts are plain SwiGLU, else compiled pieces around their own
+    gate.
+    """
     if pool.up_SND.device.type != "cpu" or pool.up_SND.dtype not in (torch.float32, torch.bfloat16):
         return None
+    from ..kernels.grouped_linear import combine, grouped_linear
     from ..kernels.small_experts import small_experts
+    from ..kernels.sort_rows import sort_rows
 
-    return small_experts
+    spec = pool.spec
+    if spec.has_gate and not spec.has_bias and _is_swiglu(gate, pool.up_SND.shape[1]):
+        return lambda x_TD, ids_TK, weights_TK: small_experts(x_TD, ids_TK, weights_TK, pool.up_SND, pool.down_SDI)
+
+    def pieces(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = sort_rows(ids_TK, pool.num_slots)
+        groups = (rows.starts, rows.experts_G)
+        h_RI = gate(grouped_linear(x_TD, pool.up_SND, *groups, pool.up_bias_SN, rows.token_R))
+        y_RD = grouped_linear(h_RI.contiguous(), pool.down_SDI, *groups, pool.down_bias_SD)
+        return combine(y_RD, rows.position_TK, weights_TK), rows.counts_E
+
+    return pieces
 
 
 class MoEFunction:

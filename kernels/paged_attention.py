@@ -58,12 +58,12 @@ def _plan(sequences, key_heads, lengths, window, table, table_stride, blocks, bl
         length = np.int64(get_int32(lengths, s))
         if length < 0 or length > limit:
             return -1 - s
-        first = _first_chunk(length, window)
-        for b in range(first * _CHUNK // block_size, (length + block_size - 1) // block_size):
+        begin = max(length - window, 0) if window else 0
+        for b in range(begin // block_size, (length + block_size - 1) // block_size):
             block = get_int32(table, s * table_stride + b)
             if block < 0 or block >= blocks:
                 return -1 - s
-        total += ((length + _CHUNK - 1) // _CHUNK - first) * key_heads
+        total += ((length + _CHUNK - 1) // _CHUNK - begin // _CHUNK) * key_heads
     put_int64(pieces, sequences, total)
     return total
 

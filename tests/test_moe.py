@@ -1,0 +1,65 @@
+"""The MoE layer against the model's own experts, on both of its paths."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from moeyard.engine import moe
+from moeyard.engine.config import EngineConfig
+from moeyard.engine.loader import draw, load
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss", "mixtral"])
+def layers(request, tmp_path_factory):
+    """The engine's first MoE layer and transformers' experts module of the same weights."""
+    path = tiny.save(request.param, tmp_path_factory.mktemp(request.param))
+    blueprint = draw(EngineConfig(model=str(path), dtype="float32", device="cpu"), path)
+    (layer, *_) = load(blueprint, progress=False).layers
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
+    return layer, model.get_submodule(layer.pool.spec.module)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 33, 300])
+@pytest.mark.parametrize("few_rows", [True, False])
+def test_equals_the_models_own_experts(layers, tokens, few_rows, monkeypatch):
+    layer, module = layers
+    layer = copy.copy(layer)
+    taken = []
+    path = layer._few_rows
+    layer._few_rows = (lambda *args: taken.append(1) or path(*args)) if few_rows else None
+    torch.manual_seed(tokens)
+    spec = layer.pool.spec
+    x = torch.randn(tokens, layer.pool.down_SDI.shape[1])
+    ids = torch.rand(tokens, spec.num_experts).topk(spec.top_k).indices
+    weights = torch.rand(tokens, spec.top_k)
+    before = layer.counts_E.clone()
+    out = layer(x, ids, weights)
+    with torch.no_grad():
+        wanted = module(x, ids, weights)
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+    counted = torch.bincount(ids.flatten(), minlength=spec.num_experts)
+    assert torch.equal(layer.counts_E - before, counted)
+    few = tokens * spec.top_k <= moe.FEW_ROWS * spec.num_experts
+    assert bool(taken) == (few_rows and few)
+
+
+def test_plain_swiglu_is_found_by_trying():
+    def swiglu(x):
+        a, b = x.chunk(2, -1)
+        return torch.nn.functional.silu(a) * b
+
+    def geglu(x):
+        a, b = x.chunk(2, -1)
+        return torch.nn.functional.gelu(a) * b
+
+    def interleaved(x):
+        return torch.nn.functional.silu(x[..., ::2]) * x[..., 1::2]
+
+    def clamped(x):
+        return swiglu(x.clamp(-7, 7))
+
+    assert moe._is_swiglu(swiglu, 20)
+    assert not any(moe._is_swiglu(gate, 20) for gate in (geglu, interleaved, clamped))
