@@ -292,7 +292,9 @@ def _compile_kernels(progress: bool) -> None:
     it.
     """
     if progress:
-        logger.info("loading the CPU kernels; the first start on a machine compiles them, which takes about a minute")
+        logger.info(
+            "loading the CPU kernels; the first start on a machine compiles them, which takes about ten seconds"
+        )
     warm_up()
 
 

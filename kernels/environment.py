@@ -1,4 +1,4 @@
-"""Variables that a process which runs the CPU kernels should start with, and the cores it has. Imports nothing heavy."""
+"""Variables that a process which runs the CPU kernels should start with, and its cores. Imports nothing heavy."""
 
 from __future__ import annotations
 

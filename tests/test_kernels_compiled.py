@@ -12,6 +12,8 @@ from moeyard.kernels.environment import ENVIRONMENT
 from moeyard.kernels.scalars import get_int64, put_int64
 from moeyard.kernels.threads import set_threads
 
+MOST = compiled.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+
 CHECK = """
 import torch
 from moeyard.kernels import tile
@@ -39,6 +41,10 @@ RECORD = """
 from numba.core import event
 recorder = event.RecordingListener()
 event.register("numba:compile", recorder)
+"""
+
+NOTHING_COMPILED = """
+assert not recorder.buffer, [e.data for _, e in recorder.buffer]
 """
 
 
@@ -82,37 +88,32 @@ for dtype in (torch.float32, torch.bfloat16):
     table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
     q = torch.zeros(1, 4, 8).to(dtype)
     paged_decode_attention(q, cache, cache, table, lengths, 1, 3, torch.zeros(4), 2)
-assert not recorder.buffer, [e.data for _, e in recorder.buffer]
+{NOTHING_COMPILED}
 """
     python(code)
 
 
+# The next two also run the code paths of x86 processors without AVX-512, by naming an older one.
+X86 = os.uname().machine == "x86_64"
+AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma"} if X86 else {}
+SSE2 = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2"} if X86 else {}
+
+
+def lanes(n):
+    return f"assert tile.LANES == {n} and not tile.HAS_BFLOAT16_DOT\n" if X86 else ""
+
+
 def test_machine_code_is_kept_between_processes(tmp_path):
-    python(CHECK, XDG_CACHE_HOME=str(tmp_path), NUMBA_CACHE_DIR="")
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "NUMBA_CACHE_DIR": "", **AVX2}
+    python(CHECK + ATTENTION + lanes(8), **environment)
     assert list((tmp_path / "moeyard" / "numba").rglob("*.nbi"))
-    python(
-        RECORD + CHECK + "assert not recorder.buffer, [e.data for _, e in recorder.buffer]",
-        XDG_CACHE_HOME=str(tmp_path),
-        NUMBA_CACHE_DIR="",
-    )
+    python(RECORD + CHECK + ATTENTION + NOTHING_COMPILED, **environment)
 
 
 def test_without_a_place_to_keep_it_kernels_compile_and_say_so(tmp_path):
     (tmp_path / "file").touch()
-    _, errors = python(CHECK, XDG_CACHE_HOME=str(tmp_path / "file"), NUMBA_CACHE_DIR="")
+    _, errors = python(CHECK + lanes(4), XDG_CACHE_HOME=str(tmp_path / "file"), NUMBA_CACHE_DIR="", **SSE2)
     assert "compiled anew by each process" in errors
-
-
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names x86 processors")
-@pytest.mark.parametrize(("name", "features", "lanes"), [("haswell", "+avx2,+avx,+fma", 8), ("x86-64", "+sse2", 4)])
-def test_other_processors(name, features, lanes, tmp_path):
-    """The code paths of processors without AVX-512, run on this one."""
-    python(
-        CHECK + f"assert tile.LANES == {lanes} and not tile.HAS_BFLOAT16_DOT" + ATTENTION,
-        NUMBA_CPU_NAME=name,
-        NUMBA_CPU_FEATURES=features,
-        NUMBA_CACHE_DIR=str(tmp_path),
-    )
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
@@ -139,7 +140,7 @@ def _mark(part, parts, args):
     put_int64(get_int64(args, 0), part, 10 * parts + part)
 
 
-@pytest.mark.parametrize("workers", {1, min(2, compiled.config.NUMBA_NUM_THREADS)})
+@pytest.mark.parametrize("workers", {1, min(2, MOST)})
 def test_run_calls_every_part_once(workers):
     room = torch.full((4,), -1)
     compiled.run(workers, _mark, room.data_ptr())
@@ -156,14 +157,13 @@ def test_share_covers_everything_once():
 
 def test_set_threads():
     before = torch.get_num_threads()
-    most = compiled.config.NUMBA_NUM_THREADS
     try:
-        for n in {1, most}:
+        for n in {1, MOST}:
             set_threads(n)
             assert torch.get_num_threads() == n == compiled.workers_for(1 << 40)
         assert compiled.workers_for(1000) == 1
-        for n in (0, most + 1):
-            with pytest.raises(ValueError, match=f"threads: {n} is not in 1..{most}"):
+        for n in (0, MOST + 1):
+            with pytest.raises(ValueError, match=f"threads: {n} is not in 1..{MOST}"):
                 set_threads(n)
     finally:
         torch.set_num_threads(before)
