@@ -79,8 +79,10 @@ class PagedAttention:
 def _single_tokens_function(cache: KVCache, layers: tuple[AttentionSpec, ...]) -> Any:
     """Attention of sequences with one new token: a kernel that reads the cache in place on CPUs, else by gathering."""
     some = cache.keys[layers[0].layer]
-    if some.device.type != "cpu" or some.dtype not in (torch.float32, torch.bfloat16):
+    if some.device.type != "cpu":
         return lambda batch, spec, q_SHD, **options: _gather_singles(cache, batch, spec, q_SHD, **options)
+    if some.dtype not in (torch.float32, torch.bfloat16):
+        return lambda batch, spec, q_SHD, **options: _chunk_singles(cache, batch, spec, q_SHD, **options)
     from ..kernels.paged_attention import paged_decode_attention
 
     def attend(batch: StepBatch, spec: AttentionSpec, q_SHD: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -106,6 +108,21 @@ def _gather_singles(
         keys = cache.keys[spec.layer][blocks].flatten(0, 1)[:length]
         values = cache.values[spec.layer][blocks].flatten(0, 1)[:length]
         out.append(gathered_attention(q_SHD[index : index + 1], keys, values, **options))
+    return torch.cat(out)
+
+
+def _chunk_singles(
+    cache: KVCache, batch: StepBatch, spec: AttentionSpec, q_SHD: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """For types without a compiled kernel: each sequence as a chunk of one, its history read in place."""
+    keys, values = cache.keys[spec.layer], cache.values[spec.layer]
+    out = []
+    for index, length in enumerate(batch.lengths_S[: batch.singles].tolist()):
+        blocks = batch.block_table_SB[index].tolist()
+        slot = int(batch.slots_T[index])
+        k_new, v_new = (x.flatten(0, 1)[slot : slot + 1] for x in (keys, values))
+        q = q_SHD[index : index + 1]
+        out.append(chunk_attention(q, k_new, v_new, keys, values, blocks, history=length - 1, **options))
     return torch.cat(out)
 
 

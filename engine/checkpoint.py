@@ -86,7 +86,10 @@ class Checkpoint:
         if file not in self._open:
             while len(self._open) >= OPEN_FILES:
                 self._open.popitem(last=False)
-            self._open[file] = safe_open(file, framework="pt", device="cpu")
+            try:
+                self._open[file] = safe_open(file, framework="pt", device="cpu")
+            except Exception as error:  # SafetensorError and what the system says
+                raise ValueError(f"checkpoint: {file.name} cannot be read: {error}") from error
         self._open.move_to_end(file)
         return self._open[file]
 
@@ -104,13 +107,26 @@ def read_header(file: Path) -> list[Entry]:
         try:
             header = json.loads(stream.read(length))
             entries = [_entry(file, name, info) for name, info in header.items() if name != "__metadata__"]
-            ends = [int(info["data_offsets"][1]) for name, info in header.items() if name != "__metadata__"]
+            header.pop("__metadata__", None)
+            places = sorted((*map(int, info["data_offsets"]), name) for name, info in header.items())
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"checkpoint: {file.name} has a damaged header: {error}") from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        state = "truncated" if size < expected else "too long"
-        raise ValueError(f"checkpoint: {file.name} is {state}: expected {expected} bytes, found {size}")
+    position = 0
+    for begin, end, name in places:
+        if begin != position:
+            raise ValueError(
+                f"checkpoint: {file.name} has a damaged header: tensor {name} expected at byte {position}, found"
+                f" at {begin}"
+            )
+        position = end
+    expected = 8 + length + position
+    if size < expected:
+        cut = next(name for _, end, name in places if 8 + length + end > size)
+        raise ValueError(
+            f"checkpoint: {file.name} is truncated in tensor {cut}: expected {expected} bytes, found {size}"
+        )
+    if size > expected:
+        raise ValueError(f"checkpoint: {file.name} is too long: expected {expected} bytes, found {size}")
     return entries
 
 

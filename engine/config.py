@@ -110,6 +110,8 @@ class ServeConfig(EngineConfig):
             raise ValueError(f"port is {self.port}; it must be between 0 and 65535")
         if self.max_queued_tokens < 1:
             raise ValueError(f"max_queued_tokens is {self.max_queued_tokens}; it must be at least 1")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ValueError("api_key is empty; leave it out to serve without a key")
         for name in ("drain_timeout", "start_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")

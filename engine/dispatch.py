@@ -39,7 +39,8 @@ class LocalDispatcher:
         tokens, choices = ids_TK.shape
         flat = ids_TK.reshape(-1)
         order = torch.argsort(torch.where(flat < 0, self.num_slots, flat), stable=True)
-        counts_S = torch.bincount(flat + 1, minlength=self.num_slots + 1)[1:]
+        # bincount would wait for the device to learn its result's size.
+        counts_S = flat.new_zeros(self.num_slots + 1).scatter_add_(0, flat + 1, torch.ones_like(flat))[1:]
         rows_TK = torch.empty_like(order)
         rows_TK[order] = torch.arange(order.shape[0], device=order.device)
         valid = ids_TK >= 0

@@ -29,7 +29,7 @@ from .cpu_linear import use_small_row_kernels
 from .grammar import GrammarCompiler
 from .kv_cache import KVCache, Span, StepBatch, make_batch
 from .loader import draw, load
-from .memory import free_memory, kv_blocks
+from .memory import check_weights_fit, free_memory, kv_blocks
 from .messages import Stats, Submit, TokenDelta
 from .model import plug, unplug
 from .params import SamplingParams
@@ -56,13 +56,14 @@ class Engine:
     def __init__(self, config: EngineConfig):
         self.config = config
         set_threads(config.threads or usable_cores())
-        path = resolve_model(config.model, config.revision)
+        path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
         blueprint = draw(config, path)
         self.spec = blueprint.spec
         self.device = blueprint.device
         self.max_model_len = blueprint.max_model_len
         self.vocab_size = min(int(blueprint.model.config.vocab_size), blueprint.spec.vocab_size)
         self._model = blueprint.model
+        check_weights_fit(blueprint.footprint, self.device)
         self._experts = load(blueprint, progress=config.progress)
         if self.device.type == "cpu":
             use_small_row_kernels(self._model)
@@ -214,7 +215,13 @@ class Engine:
                 sample(self._run_batch(batch), [sampler] * rows)
         for layer in self._experts.layers:
             layer.counts_E.zero_()
-        return torch.cuda.max_memory_allocated(self.device) - before if on_gpu else 0
+        peak = torch.cuda.max_memory_allocated(self.device) - before if on_gpu else 0
+        # The real cache is made next: nothing of this one may be left beside it.
+        unplug(self._name)
+        del self._cache, self._attention
+        if on_gpu:
+            torch.cuda.empty_cache()
+        return peak
 
     def _run(self, step: Step) -> torch.Tensor:
         """Logits [B, V] of the sequences that sample in this step."""

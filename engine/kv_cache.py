@@ -64,8 +64,8 @@ class Chunk:
 class StepBatch:
     """One step on the device. The first `singles` rows are sequences with one token each; chunks follow.
 
-    `lengths_S` counts the keys of each sequence after this step; `rows_S` holds the row whose logits are wanted, only
-    for sequences that sample (`sampled` of them, in the step's order).
+    `lengths_S` counts the keys of each sequence after this step; `sample_rows` holds the row whose logits are wanted,
+    of each sequence that samples, in the step's order.
     """
 
     input_ids_T: torch.Tensor

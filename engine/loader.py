@@ -4,7 +4,6 @@ in.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def load(blueprint: Blueprint, *, progress: bool) -> MoEFunction:
                 bar.update(int(nbytes * scale))
             module = model.get_submodule(spec.module)
             experts.add(module, MoELayer(module, pool))
-            for name in itertools.chain(module._parameters):
+            for name in list(module._parameters):
                 module._parameters[name] = None
         bar.update(bar.total - bar.n)
     weights.checkpoint.close()

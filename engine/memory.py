@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -48,20 +49,45 @@ def footprint(weights: WeightMap, spec: ModelSpec, dtype: torch.dtype) -> Footpr
     )
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> float:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, _group_memory())
 
 
-def kv_blocks(config: EngineConfig, device: torch.device, kv_per_token: int, max_model_len: int, free: int) -> int:
+def _group_memory() -> float:
+    """What a Linux control group (a container's limit) leaves; infinite without one."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return float("inf")
+    return max(int(limit) - used, 0) if limit.isdigit() else float("inf")
+
+
+def check_weights_fit(size: Footprint, device: torch.device) -> None:
+    """Raises ValueError when the weights alone need more memory than is free."""
+    free = free_memory(device)
+    if size.weights > free:
+        raise ValueError(
+            f"model: the weights need {format_size(size.weights)}, and {format_size(free)} is free on {device.type};"
+            " free some memory, choose a smaller --dtype, or another device"
+        )
+
+
+def kv_blocks(config: EngineConfig, device: torch.device, kv_per_token: int, max_model_len: int, free: float) -> int:
     """KV blocks that the options allow with `free` bytes left after the weights: no more than all requests at full
     length could use. Raises ValueError when not even one request of `max_model_len` fits.
     """
     block_bytes = kv_per_token * config.block_size
     if config.kv_memory is not None:
         budget = parse_size(config.kv_memory, "kv_memory")
+        if budget > free:
+            raise ValueError(
+                f"kv_memory is {config.kv_memory}, and {format_size(free)} is free once the weights are loaded; ask for"
+                " less"
+            )
         source = f"kv_memory {config.kv_memory}"
     else:
         fraction = config.memory_fraction or (0.9 if device.type == "cuda" else 0.5)

@@ -95,9 +95,10 @@ class TokenDelta:
     """What one step added to one request.
 
     `logprobs` has, for each new token, `[logprob, [[token, logprob], ...]]`, or is None. `finish_reason` is "" while
-    running, else `stop`, `length` or `error`. `stop_token` is the stop token id that ended it (None: the model's own
-    end token or no stop). With the first token come `queue_s` (seconds from arrival at the rank to its first step),
-    `prefill_s` (from there to the first token) and `cached_tokens`. `error` says why when `finish_reason` is `error`.
+    running, else `stop`, `length`, `refused` (it can never be served) or `error`. `stop_token` is the stop token id
+    that ended it (None: the model's own end token or no stop). With the first token come `queue_s` (seconds from
+    arrival at the rank to its first step), `prefill_s` (from there to the first token) and `cached_tokens`. `error`
+    says why when `finish_reason` is `error`.
     """
 
     request_id: str

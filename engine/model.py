@@ -23,6 +23,9 @@ _PROBE_TOKENS = 5
 _FAR = 2**17
 """Position at which a mask function is asked how far back it sees; a longer window counts as none."""
 
+_TENSOR_ARGUMENTS = {"s_aux", "position_ids", "cache_position"}
+"""Tensors that models hand to attention functions and that ours honours or has from elsewhere."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -81,7 +84,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedCon
     """The checkpoint's text config. Raises ValueError when it cannot be read or is not a model we know."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and huggingface_hub raise kinds of their own
         raise ValueError(f"model: cannot read the configuration in {path}: {_first_line(error)}") from error
     return config.get_text_config(decoder=True)
 
@@ -136,7 +139,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
                 experts_implementation=_PROBE,
                 trust_remote_code=trust_remote_code,
             )
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise ValueError(f"model: {_name(config)} cannot be built: {_first_line(error)}") from error
     model.eval()
     model.requires_grad_(False)
@@ -173,6 +176,8 @@ def probe(model: PreTrainedModel) -> ModelSpec:
             interface._global_mapping.pop(_PROBE, None)
     layers = int(model.config.num_hidden_layers)
     attending = sorted(found.attending)
+    if not attending:
+        raise ValueError(f"model: {name} cannot be served: it does not use transformers' attention interface")
     if attending != list(range(layers)):
         without = sorted(set(range(layers)) - set(attending))
         kinds = {str(t) for i, t in enumerate(getattr(model.config, "layer_types", None) or []) if i in without}
@@ -245,6 +250,9 @@ class _Findings:
             raise _Refusal(f"{type(module).__name__} makes its own attention mask (sparse attention)")
         if not getattr(module, "is_causal", True):
             raise _Refusal(f"{type(module).__name__} is not causal")
+        unknown = [n for n, v in kwargs.items() if isinstance(v, torch.Tensor) and n not in _TENSOR_ARGUMENTS]
+        if unknown:
+            raise _Refusal(f"{type(module).__name__} gives attention more than we know ({', '.join(unknown)})")
         windows = {kwargs.get("sliding_window") or 0}
         if attention_mask is not None:
             windows.add(self.windows[id(attention_mask)][1])

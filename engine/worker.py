@@ -101,7 +101,7 @@ class Worker:
         except VersionError as error:
             self._fatal(f"{error}: front end and engine must be of one build")
         except Exception as error:
-            log.exception("the engine failed")
+            log.debug("the engine failed", exc_info=True)
             self._fatal(f"{type(error).__name__}: {error}")
         return 1
 
@@ -149,10 +149,10 @@ class Worker:
             try:
                 engine.submit(message)
             except ValueError as error:
-                refused = TokenDelta(
-                    request_id=message.request_id, token_ids=[], finish_reason="error", error=str(error)
-                )
-                self._send(Tokens(deltas=[pack_delta(refused)]))
+                self._end(message.request_id, "refused", str(error))
+            except Exception as error:  # nothing is queued yet: the other requests are well
+                log.exception("request %s could not be taken", message.request_id)
+                self._end(message.request_id, "error", f"{type(error).__name__}: {error}")
         elif isinstance(message, Abort):
             self._changed = True
             for request_id in message.request_ids:
@@ -161,6 +161,13 @@ class Worker:
             self._send(Pong(number=message.number))
         else:
             log.error("dropped a %s, which a rank does not take", type(message).__name__)
+
+    def _end(self, request_id: str, reason: str, error: str) -> None:
+        self._send(
+            Tokens(
+                deltas=[pack_delta(TokenDelta(request_id=request_id, token_ids=[], finish_reason=reason, error=error))]
+            )
+        )
 
     def _report(self, engine: EngineLike, *, idle: bool) -> None:
         """`Stats`, every now and then while working and once when the work is done."""

@@ -10,11 +10,20 @@ the CPU, and merges the parts by their log-sum-exp.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
 FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 """PyTorch's CPU flash kernel with its log-sum-exp; private, so it may go away."""
+
+
+_MAX_SCORES = 2**26
+"""Most scores (float32) that `gathered_attention` holds at once: 256 MiB."""
+
+_TILE = 256
+"""Queries of a windowed chunk that are attended together, at least: the keys outside their windows are not touched."""
 
 
 def gathered_attention(
@@ -34,6 +43,15 @@ def gathered_attention(
     """
     tokens, heads, _ = q_THD.shape
     keys, kv_heads, _ = k_SHD.shape
+    most = max(1, _MAX_SCORES // (heads * keys))
+    if tokens > most:  # in slices, so that the scores' memory is bounded however long the history
+        parts = []
+        for start in range(0, tokens, most):
+            end = min(start + most, tokens)
+            seen = keys - tokens + end
+            options: dict[str, Any] = {"scale": scale, "window": window, "sinks_H": sinks_H, "softcap": softcap}
+            parts.append(gathered_attention(q_THD[start:end], k_SHD[:seen], v_SHD[:seen], **options))
+        return torch.cat(parts)
     groups = heads // kv_heads
     q = q_THD.float().view(tokens, kv_heads, groups, -1)
     scores = torch.einsum("tkgd,skd->kgts", q, k_SHD.float()) * scale
@@ -85,12 +103,21 @@ def chunk_attention(
     """`gathered_attention` of a chunk whose own keys and values are given and whose `history` earlier ones are in the
     cache.
 
-    q_THD [T, H, D], k_THD [T, Hk, D], v_THD [T, Hk, Dv]; caches [blocks, block_size, Hk, D or Dv]; `blocks`: the
-    sequence's block ids. Returns [T, H, Dv]. On the CPU nothing of the history is copied; with a logit cap, on other
-    devices, or without PyTorch's CPU flash kernel the history is gathered first.
+    q_THD [T, H, D], k_THD [T, Hk, D], v_THD [T, Hk, Dv]; caches [blocks, block_size, Hk, D or Dv], which hold
+    the chunk's own keys and values too; `blocks`: the sequence's block ids. Returns [T, H, Dv]. On the CPU nothing of
+    the history is copied; with a logit cap, on other devices, or without PyTorch's CPU flash kernel the history is
+    gathered first.
     """
     tokens = q_THD.shape[0]
     block_size = key_cache.shape[1]
+    tile = max(window, _TILE)
+    if window and tokens > tile:
+        options: dict[str, Any] = {"scale": scale, "window": window, "sinks_H": sinks_H, "softcap": softcap}
+        cuts = [slice(start, min(start + tile, tokens)) for start in range(0, tokens, tile)]
+        caches = (key_cache, value_cache, blocks)
+        return torch.cat(
+            [chunk_attention(q_THD[c], k_THD[c], v_THD[c], *caches, history=history + c.start, **options) for c in cuts]
+        )
     first = 0 if not window else max(0, history - window + 1)
     runs = block_runs(blocks, first, history, block_size)
     flat_k, flat_v = key_cache.flatten(0, 1), value_cache.flatten(0, 1)

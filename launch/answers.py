@@ -50,9 +50,19 @@ async def outputs(frontend: FrontEnd, call: Call) -> Outputs:
     newest: dict[int, RequestOutput] = {}
     news = asyncio.Event()
 
+    # One decision for the whole call: its own prompts must not fill the queue for each other.
+    frontend.admit(sum(map(len, call.prompts)) * call.params.n)
+
     async def follow(i: int, ids: list[int]) -> None:
         name = call.id if len(call.prompts) == 1 else f"{call.id}-{i}"
-        stream = frontend.generate(ids, call.params, request_id=name, cache_salt=call.cache_salt, prompt=call.texts[i])
+        stream = frontend.generate(
+            ids,
+            call.params,
+            request_id=name,
+            cache_salt=call.cache_salt,
+            prompt=call.texts[i],
+            admitted=True,
+        )
         async with aclosing(stream):
             async for output in stream:
                 newest[i] = output

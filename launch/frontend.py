@@ -7,11 +7,14 @@ another process (`link`). One event loop owns a front end: no method is for othe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
+import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +83,8 @@ class FrontEnd:
         Raises ValueError for what the user can put right (model, options), EngineError otherwise.
         """
         config = self.config
-        path = await asyncio.to_thread(
-            resolve_model, config.model, config.revision, remote_code=config.trust_remote_code
+        path = await _in_daemon_thread(
+            functools.partial(resolve_model, config.model, config.revision, remote_code=config.trust_remote_code)
         )
         self.model_path = str(path)
         if config.generation_config == "model":
@@ -144,21 +147,8 @@ class FrontEnd:
         except (TypeError, UnicodeError) as error:
             raise RequestError("the text is not valid Unicode", param="prompt") from error
 
-    def check(self, prompt_ids: list[int], params: SamplingParams) -> SamplingParams:
-        """Raises RequestError for a request that cannot be served; returns `params` with `max_tokens` filled in."""
-        if self.draining:
-            raise _shutting_down()
-        if self.dead_reason:
-            raise RequestError(f"the engine is dead: {self.dead_reason}", status=503, code="engine_dead")
-        vocab_size = self._limits().vocab_size
-        if not prompt_ids:
-            raise RequestError("the prompt is empty; it needs at least one token", param="prompt")
-        if set(map(type, prompt_ids)) != {int} or min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
-            raise RequestError(f"prompt: token ids are integers from 0 to {vocab_size - 1}", param="prompt")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", param="stop")
-        params = self._fit(len(prompt_ids), params)
-        tokens = len(prompt_ids) * params.n
+    def admit(self, tokens: int) -> None:
+        """Raises RequestError 503 when `tokens` more prompt tokens have no room in the queue."""
         retry_after = self._queue.retry_after(tokens)
         if retry_after is not None:
             raise RequestError(
@@ -168,6 +158,30 @@ class FrontEnd:
                 code="queue_full",
                 retry_after=retry_after,
             )
+
+    def check(self, prompt_ids: list[int], params: SamplingParams, *, admitted: bool = False) -> SamplingParams:
+        """Raises RequestError for a request that cannot be served; returns `params` with `max_tokens` filled in.
+
+        `admitted`: `admit` has let it in already, as one of several prompts.
+        """
+        if self.draining:
+            raise _shutting_down()
+        if self.dead_reason:
+            raise RequestError(f"the engine is dead: {self.dead_reason}", status=503, code="engine_dead")
+        vocab_size = self._limits().vocab_size
+        if not prompt_ids:
+            raise RequestError("the prompt is empty; it needs at least one token", param="prompt")
+        if set(map(type, prompt_ids)) != {int} or min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+            raise RequestError(f"prompt: token ids are integers from 0 to {vocab_size - 1}", param="prompt")
+        if params.json_schema is not None and self.tokenizer is None:
+            raise RequestError(
+                "this checkpoint has no tokenizer: a JSON schema cannot be followed", param="response_format"
+            )
+        if params.stop and self.tokenizer is None:
+            raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", param="stop")
+        params = self._fit(len(prompt_ids), params)
+        if not admitted:
+            self.admit(len(prompt_ids) * params.n)
         return params
 
     async def generate(
@@ -178,6 +192,7 @@ class FrontEnd:
         request_id: str,
         cache_salt: str = "",
         prompt: str | None = None,
+        admitted: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Runs a request; yields its outputs so far after each change, the last time with `finished` set.
 
@@ -185,7 +200,7 @@ class FrontEnd:
         between, never text. Closing the generator, or cancelling its task, aborts the request. Raises RequestError
         (before the first output: refused; later: failed).
         """
-        params = self.check(prompt_ids, params)
+        params = self.check(prompt_ids, params, admitted=admitted)
         outputs = [
             Output(submit, i, params, self._vocabulary, self._end_ids)
             for i, submit in enumerate(split(next(self._serial), request_id, prompt_ids, params, cache_salt))
@@ -294,9 +309,9 @@ class FrontEnd:
             return  # aborted while this was on the way
         request, output = found
         now = time.monotonic()
-        if delta.finish_reason == "error":
+        if delta.finish_reason in ("refused", "error"):
             self._forget(output)
-            status = 500 if output.result.token_ids else 400  # refused on arrival, or failed on the way
+            status = 400 if delta.finish_reason == "refused" else 500
             request.fail(RequestError(delta.error or "the engine failed on this request", status=status))
             return
         if delta.token_ids:
@@ -334,6 +349,27 @@ class FrontEnd:
         if self.tokenizer is not None:
             return self.tokenizer
         return load_tokenizer(path, remote_code=self.config.trust_remote_code)
+
+
+async def _in_daemon_thread(function: Callable[[], Path]) -> Path:
+    """Its result, from a thread that neither a cancelled start nor the interpreter's exit waits for (downloads)."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Path] = loop.create_future()
+
+    def settle(setter: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            setter(value)
+
+    def work() -> None:
+        try:
+            outcome: tuple[Callable[[Any], None], Any] = (future.set_result, function())
+        except Exception as error:
+            outcome = (future.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=work, name="resolve model", daemon=True).start()
+    return await future
 
 
 def _shutting_down() -> RequestError:

@@ -1,4 +1,7 @@
-"""`moeyard plan`: what a checkpoint takes and what fits, from its headers alone, before anything is loaded."""
+"""`moeyard plan`: what a checkpoint takes and what fits, from its headers alone, before anything is loaded.
+
+A Hub id is downloaded first, as `serve` would.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
     from ..engine.memory import free_memory, kv_blocks
     from ..engine.resolve import resolve_model
 
-    blueprint: Blueprint = draw(config, resolve_model(config.model, config.revision))
+    path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
+    blueprint: Blueprint = draw(config, path)
     size = blueprint.footprint
     free = free_memory(blueprint.device)
     left = free - size.weights

@@ -49,6 +49,7 @@ class FakeFrontEnd:
         self.gate = None  # a threading.Event to wait for before token number `gate_at`
         self.gate_at = 1
         # What the tests look at
+        self.admissions = []  # prompt tokens times n, per call
         self.calls = []  # (request_id, params, cache_salt, prompt)
         self.running = set()
         self.aborted = []
@@ -63,7 +64,10 @@ class FakeFrontEnd:
     async def close(self, drain):
         self.draining = True
 
-    async def generate(self, prompt_ids, params, *, request_id, cache_salt="", prompt=None):
+    def admit(self, tokens):
+        self.admissions.append(tokens)
+
+    async def generate(self, prompt_ids, params, *, request_id, cache_salt="", prompt=None, admitted=False):
         assert request_id not in self.running, "request ids must be unique"
         self.calls.append((request_id, params, cache_salt, prompt))
         if self.refusal is not None:

@@ -1,5 +1,7 @@
 """Chunk attention against a loop over queries and keys, at sizes that divide nothing."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,16 +61,18 @@ def test_equals_the_loop_over_queries_and_keys(case):
         blocks = sorted(blocks)
     key_cache = torch.full((12, block_size, *k.shape[1:]), float("nan"))
     value_cache = torch.full((12, block_size, *v.shape[1:]), float("nan"))
-    for position in range(case["history"]):
+    for position in range(total):
         key_cache[blocks[position // block_size], position % block_size] = k[position]
         value_cache[blocks[position // block_size], position % block_size] = v[position]
     options = {"scale": 0.7, "window": case["window"], "softcap": case["softcap"]}
     wanted = brute_force(q, k, v, **options, sinks=sinks)
-    gathered = gathered_attention(q, k, v, **options, sinks_H=sinks)
     new = case["history"]
-    paged = chunk_attention(
-        q, k[new:], v[new:], key_cache, value_cache, blocks, history=case["history"], **options, sinks_H=sinks
-    )
+    # Small limits, so that slices and tiles come into play.
+    with mock.patch.multiple(module, _TILE=3, _MAX_SCORES=heads * total * 2):
+        gathered = gathered_attention(q, k, v, **options, sinks_H=sinks)
+        paged = chunk_attention(
+            q, k[new:], v[new:], key_cache, value_cache, blocks, history=case["history"], **options, sinks_H=sinks
+        )
     torch.testing.assert_close(gathered.double(), wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(paged.double(), wanted, atol=1e-5, rtol=1e-5)
 

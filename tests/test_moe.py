@@ -61,5 +61,8 @@ def test_plain_swiglu_is_found_by_trying():
     def clamped(x):
         return swiglu(x.clamp(-7, 7))
 
+    def clamped_far(x):
+        return swiglu(x.clamp(-2000, 2000))
+
     assert moe._is_swiglu(swiglu, 20)
-    assert not any(moe._is_swiglu(gate, 20) for gate in (geglu, interleaved, clamped))
+    assert not any(moe._is_swiglu(gate, 20) for gate in (geglu, interleaved, clamped, clamped_far))

@@ -142,10 +142,15 @@ def _header(data, change):
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
+def _overlap(header):
+    other = next(n for n, i in header.items() if n != DENSE and i.get("shape") == header[DENSE]["shape"])
+    header[DENSE]["data_offsets"] = header[other]["data_offsets"]
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (lambda d: d[:-5], "truncated: expected .* bytes, found"),
+        (lambda d: d[:-5], "truncated in tensor .*: expected .* bytes, found"),
         (lambda d: d[:6], "truncated or not safetensors"),
         (lambda d: d + b"xx", "too long"),
         (lambda d: b"\xff" * 8 + d[8:], "truncated or not safetensors"),
@@ -155,6 +160,7 @@ def _header(data, change):
             "damaged header: tensor .*q_proj.* needs 8 bytes",
         ),
         (lambda d: _header(d, lambda h: h[DENSE].update(dtype="Q9")), "unknown type Q9"),
+        (lambda d: _header(d, _overlap), "damaged header: tensor .* expected at byte .*, found at"),
     ],
 )
 def test_tampered_files_are_refused(damaged, raw, message):

@@ -154,7 +154,7 @@ def test_abort_and_refusal(tmp_path):
         peer.configure()
         peer.send(submit("bad", [Command.REFUSE]))
         (delta,) = tokens_of(peer.until(Tokens)[0])
-        assert (delta.request_id, delta.finish_reason, delta.error) == ("bad", "error", "logit_bias: not today")
+        assert (delta.request_id, delta.finish_reason, delta.error) == ("bad", "refused", "logit_bias: not today")
         peer.send(submit("a", [Command.NEVER]))
         peer.send(Abort(request_ids=["a", "unknown"]))
         wait_for(lambda: ["abort", "unknown"] in peer.calls())
