@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-PROBE_STEPS = 8
+PROBE_STEPS = 24
+PROBE_ROUNDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,37 +148,33 @@ class TransformersSide:
         return {}
 
     def probe(self, workload: dict[str, Any], gather_limit: int, expert_bytes: int) -> dict[str, Any]:
-        """Estimated `seconds` of the workload with each experts implementation, from short runs.
+        """`seconds` of a shortened run of the workload with each experts implementation, the best of `PROBE_ROUNDS`.
 
         `skipped` says why one was not tried: `batched_mm` copies the weights of every token's experts
         (`expert_bytes` per token and layer), which must stay below `gather_limit` bytes.
         """
         w = Workload(**workload)
-        seconds, skipped = {}, {}
-        for name in EXPERTS_IMPLEMENTATIONS:
-            gathered = w.requests * w.input_len * expert_bytes
-            if name == "batched_mm" and gathered > gather_limit:
-                skipped[name] = f"would copy {gathered / 2**30:.1f} GiB of expert weights per layer"
-                continue
-            try:
-                self.use(name)
-                seconds[name] = self._estimate(w)
-            except (ImportError, ValueError, RuntimeError) as error:
-                skipped[name] = f"{type(error).__name__}: {error}"
+        short = dataclasses.replace(w, output_len=min(w.output_len, 1 + PROBE_STEPS))
+        prompts = [[(7 * i + j) % 251 for j in range(w.input_len)] for i in range(w.requests)]
+        runs: dict[str, list[float]] = {name: [] for name in EXPERTS_IMPLEMENTATIONS}
+        skipped: dict[str, str] = {}
+        gathered = w.requests * w.input_len * expert_bytes
+        if gathered > gather_limit:
+            skipped["batched_mm"] = f"would copy {gathered / 2**30:.1f} GiB of expert weights per layer"
+        # In rounds, so that a busy moment of the machine does not fall on one of them alone; the first one warms up.
+        for _ in range(1 + PROBE_ROUNDS):
+            for name in EXPERTS_IMPLEMENTATIONS:
+                if name in skipped:
+                    continue
+                try:
+                    self.use(name)
+                    runs[name].append(self._run(short, prompts)[0])
+                except (ImportError, ValueError, RuntimeError) as error:
+                    skipped[name] = f"{type(error).__name__}: {error}"
+        seconds = {name: min(times[1:]) for name, times in runs.items() if name not in skipped}
         if not seconds:
             raise RuntimeError(f"no experts implementation of transformers runs this model: {skipped}")
         return {"seconds": seconds, "skipped": skipped}
-
-    def _estimate(self, w: Workload) -> float:
-        prompts = [[(7 * i + j) % 251 for j in range(w.input_len)] for i in range(w.requests)]
-        short = min(w.output_len, 1 + PROBE_STEPS)
-
-        def best(output_len: int) -> float:
-            runs = [self._run(dataclasses.replace(w, output_len=output_len), prompts)[0] for _ in range(3)]
-            return min(runs[1:])  # the first one warms up
-
-        first = best(1)
-        return first if short == 1 else first + (best(short) - first) / (short - 1) * (w.output_len - 1)
 
     def turn(self, workload: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
         seconds, tokens = self._run(Workload(**workload), prompts)

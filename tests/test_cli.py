@@ -232,3 +232,8 @@ def test_version(capsys):
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == "moeyard 0.1.0\n"
+
+
+def test_an_empty_api_key_is_an_error_not_an_open_server():
+    with pytest.raises(ValueError, match="api_key is empty"):
+        ServeConfig(api_key="")

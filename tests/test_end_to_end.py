@@ -158,6 +158,14 @@ def test_refusals_name_the_field(client, model):
         client.with_options(api_key="wrong").models.list()
 
 
+def test_many_prompts_in_one_call(client, model):
+    """More prompt tokens than the queue holds, as one call: admitted once, and answered in order."""
+    prompts = [[7, i % 50, 9, 11] * 150 for i in range(230)]
+    assert sum(map(len, prompts)) > 131072
+    answer = client.completions.create(model=model, prompt=prompts, max_tokens=1, temperature=0)
+    assert [choice.index for choice in answer.choices] == list(range(230))
+
+
 def test_a_client_that_leaves_frees_everything(client, model, http):
     stream = client.completions.create(model=model, prompt="x = ", max_tokens=1500, stream=True)
     next(iter(stream))

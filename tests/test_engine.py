@@ -194,6 +194,25 @@ def test_a_kv_cache_too_small_for_one_request_is_refused(make):
         make(kv_memory=str(3 * 2 * 32 * 4 * 4 * 5))
 
 
+def test_more_kv_memory_than_there_is_is_refused(make):
+    with pytest.raises(ValueError, match=r"kv_memory is 900TiB, and .* is free"):
+        make(kv_memory="900TiB")
+
+
+def test_weights_that_do_not_fit_are_refused_before_loading(make, monkeypatch):
+    monkeypatch.setattr("moeyard.engine.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr("moeyard.engine.engine.load", lambda *args, **kw: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"the weights need .*, and 1000 B is free on cpu"):
+        make()
+
+
+def test_float16_on_a_cpu_runs_without_gathering_the_history(make, monkeypatch):
+    monkeypatch.setattr("moeyard.engine.attention._gather_singles", lambda *a, **kw: pytest.fail("gathered"))
+    ids = prompts(131, 3, longest=30, seed=6)
+    half, full = (generate(make(dtype=dtype), ids, 4) for dtype in ("float16", "float32"))
+    assert [tokens[0] for tokens in half] == [tokens[0] for tokens in full]
+
+
 def test_expert_counts_are_the_routers(make):
     engine = make()
     ids = prompts(131, 4, seed=5)
