@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 ENVIRONMENT = {
     # Workers waiting for work sleep instead of spinning: a spinning worker takes the core from the process that the
@@ -16,5 +17,16 @@ ENVIRONMENT = {
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on, and that its container's share of CPU time keeps busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = quota_cores()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def quota_cores(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
+    """Cores' worth of time that a Linux control group (a container) gives; None where there is no such limit."""
+    try:
+        quota = file.read_text().split()
+    except OSError:
+        return None
+    return int(quota[0]) / int(quota[1]) if len(quota) == 2 and quota[0].isdigit() else None

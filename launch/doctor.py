@@ -18,6 +18,8 @@ from . import machine
 # What goes without an optional library. A required one costs everything.
 COSTS = {
     "fastapi": "`moeyard serve` does not start",
+    "starlette": "`moeyard serve` does not start",
+    "pydantic": "`moeyard serve` does not start",
     "uvicorn": "`moeyard serve` does not start",
     "prometheus-client": "`moeyard serve` does not start",
     "llguidance": "response_format json_schema is refused",
@@ -92,10 +94,7 @@ def findings(libs: list[Library], computer: dict[str, Any] | None) -> tuple[list
         broken.append("embedded checkpoint: not found; reinstall moeyard, or always name a model")
     if computer is None:
         return broken, missing
-    cores, quota, simd = (computer["cpu"][name] for name in ("cores", "quota", "simd"))
-    if quota is not None and quota < cores:
-        advice = f"--threads {max(1, int(quota))} avoids waiting"
-        missing.append(f"CPU time: this container may use {quota:g} of the {cores} cores it sees; {advice}")
+    simd = computer["cpu"]["simd"]
     if simd and not computer["gpus"] and not {"avx512_bf16", "amx_bf16", "bf16"} & set(simd):
         missing.append("bfloat16 instructions: not on this CPU; --dtype float32 may be faster")
     if computer["gpus"] and importlib.util.find_spec("torch.nn.attention.varlen") is None:

@@ -17,12 +17,6 @@ ARM_FLAGS = ("asimd", "sve", "bf16", "i8mm")
 LOOP_SECONDS = 0.5
 
 
-def quota_cores() -> float | None:
-    """Cores' worth of time that the container may use; None where there is no such limit."""
-    quota = _first_line("/sys/fs/cgroup/cpu.max").split()
-    return int(quota[0]) / int(quota[1]) if len(quota) == 2 and quota[0].isdigit() else None
-
-
 def describe() -> dict[str, Any]:
     """CPU, memory and GPUs. `gpus` is empty without CUDA; needs torch."""
     import psutil
@@ -44,7 +38,6 @@ def describe() -> dict[str, Any]:
         "architecture": platform.machine(),
         "simd": simd_flags(),
         "cores": usable_cores(),
-        "quota": quota_cores(),
     }
     return {"cpu": cpu, "memory": total, "memory_free": min(memory.available, total), "gpus": gpus}
 

@@ -10,6 +10,7 @@ import torch
 from packaging.requirements import Requirement
 
 from moeyard.__main__ import main
+from moeyard.kernels import environment
 from moeyard.launch import doctor, machine
 from moeyard.launch.doctor import Library, findings, libraries, report
 
@@ -21,8 +22,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(machine, "LOOP_SECONDS", 0.01)
 
 
-def computer(*, simd=("avx2", "avx512_bf16"), gpus=(), quota=None):
-    cpu = {"name": "Some CPU", "architecture": "x86_64", "cores": 4, "quota": quota, "simd": list(simd)}
+def computer(*, simd=("avx2", "avx512_bf16"), gpus=()):
+    cpu = {"name": "Some CPU", "architecture": "x86_64", "cores": 4, "simd": list(simd)}
     return {"cpu": cpu, "memory": 2**34, "memory_free": 2**33, "gpus": list(gpus)}
 
 
@@ -120,15 +121,20 @@ def test_the_report_shows_gpus_and_what_is_missing():
         assert line in text
 
 
-def test_the_container_s_quota_counts(monkeypatch):
-    lines = {"/sys/fs/cgroup/cpu.max": ["150000 100000"]}
+def test_the_container_s_quota_counts(tmp_path, monkeypatch):
+    file = tmp_path / "cpu.max"
+    assert environment.quota_cores(file) is None
+    file.write_text("150000 100000")
+    assert environment.quota_cores(file) == 1.5
+    file.write_text("max 100000")
+    assert environment.quota_cores(file) is None
+    monkeypatch.setattr(environment, "quota_cores", lambda: 1.5)
+    assert environment.usable_cores() == 1
+
+
+def test_simd_flags_are_those_of_linux(monkeypatch):
+    lines = {}
     monkeypatch.setattr(machine, "_lines", lambda path: lines.get(path, []))
-    assert machine.quota_cores() == 1.5
-    _, (line,) = findings([], computer(quota=1.5))
-    assert line == "CPU time: this container may use 1.5 of the 4 cores it sees; --threads 1 avoids waiting"
-    assert findings([], computer(quota=8.0)) == ([], [])
-    lines["/sys/fs/cgroup/cpu.max"] = ["max 100000"]
-    assert machine.quota_cores() is None
     lines["/proc/cpuinfo"] = ["model name\t: A CPU", "flags\t: fpu avx2 amx_bf16"]
     assert machine.simd_flags() == ["avx2", "amx_bf16"]
 
