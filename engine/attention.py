@@ -7,6 +7,7 @@ runs.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from ..kernels.chunk_attention import chunk_attention, gathered_attention
+from ..kernels.gathered_decode import gathered_decode_attention
 from .kv_cache import KVCache, StepBatch
 from .model import AttentionSpec
 
@@ -77,16 +79,20 @@ class PagedAttention:
 
 
 def _single_tokens_function(cache: KVCache, layers: tuple[AttentionSpec, ...]) -> Any:
-    """Attention of sequences with one new token: a kernel that reads the cache in place on CPUs, else by gathering."""
+    """Attention of sequences with one new token: a compiled kernel that reads the cache in place on CPUs, where it
+    knows the type, else by gathering.
+    """
     some = cache.keys[layers[0].layer]
-    if some.device.type != "cpu":
-        return lambda batch, spec, q_SHD, **options: _gather_singles(cache, batch, spec, q_SHD, **options)
-    if some.dtype not in (torch.float32, torch.bfloat16):
+    if some.device.type == "cpu" and some.dtype not in (torch.float32, torch.bfloat16):
         return lambda batch, spec, q_SHD, **options: _chunk_singles(cache, batch, spec, q_SHD, **options)
-    from ..kernels.paged_attention import paged_decode_attention
+    kernel: Any = gathered_decode_attention
+    if some.device.type == "cpu":
+        from ..kernels.paged_attention import paged_decode_attention
+
+        kernel = paged_decode_attention
 
     def attend(batch: StepBatch, spec: AttentionSpec, q_SHD: torch.Tensor, **options: Any) -> torch.Tensor:
-        return paged_decode_attention(
+        return kernel(
             q_SHD,
             cache.keys[spec.layer],
             cache.values[spec.layer],
@@ -96,19 +102,6 @@ def _single_tokens_function(cache: KVCache, layers: tuple[AttentionSpec, ...]) -
         )
 
     return attend
-
-
-def _gather_singles(
-    cache: KVCache, batch: StepBatch, spec: AttentionSpec, q_SHD: torch.Tensor, **options: Any
-) -> torch.Tensor:
-    """The plain way: each sequence's blocks are gathered."""
-    out = []
-    for index, length in enumerate(batch.lengths_S[: batch.singles].tolist()):
-        blocks = batch.block_table_SB[index, : -(-length // cache.block_size)].long()
-        keys = cache.keys[spec.layer][blocks].flatten(0, 1)[:length]
-        values = cache.values[spec.layer][blocks].flatten(0, 1)[:length]
-        out.append(gathered_attention(q_SHD[index : index + 1], keys, values, **options))
-    return torch.cat(out)
 
 
 def _chunk_singles(
@@ -135,9 +128,11 @@ def _varlen_function(cache: KVCache, layers: tuple[AttentionSpec, ...]) -> Any:
     some = cache.keys[layers[0].layer]
     if some.device.type != "cuda":
         return None
-    reason = next((why for spec in layers for why in _varlen_obstacles(spec, some.dtype)), None) or _try_varlen(
-        layers[0], cache.block_size, some
-    )
+    # One trial for each kind of layer: sizes and windows decide which kernel runs.
+    kinds = {dataclasses.replace(spec, layer=0): spec for spec in layers}.values()
+    obstacles = (why for spec in layers for why in _varlen_obstacles(spec, some.dtype))
+    trials = (why for spec in kinds if (why := _try_varlen(spec, cache.block_size, some)) is not None)
+    reason = next(obstacles, None) or next(trials, None)
     if reason is not None:
         logger.warning("attention gathers the KV history of each sequence: %s", reason)
         return None
@@ -197,6 +192,7 @@ def _try_varlen(spec: AttentionSpec, block_size: int, like: torch.Tensor) -> str
         k, v = (torch.randn(4, block_size, spec.kv_heads, spec.head_dim).to(like) for _ in range(2))
         q = torch.randn(3, spec.heads, spec.head_dim).to(like)
         length = block_size + 2
+        window = min(spec.window, length // 2)
         out = varlen_attn(
             q,
             k,
@@ -206,13 +202,13 @@ def _try_varlen(spec: AttentionSpec, block_size: int, like: torch.Tensor) -> str
             3,
             2 * block_size,
             scale=0.5,
-            window_size=(-1, 0),
+            window_size=(window - 1 if window else -1, 0),
             enable_gqa=spec.heads != spec.kv_heads,
             seqused_k=torch.tensor([length], dtype=torch.int32, device=like.device),
             block_table=torch.tensor([[2, 1]], dtype=torch.int32, device=like.device),
         )
         keys, values = (x[[2, 1]].flatten(0, 1)[:length] for x in (k, v))
-        wanted = gathered_attention(q, keys, values, scale=0.5)
+        wanted = gathered_attention(q, keys, values, scale=0.5, window=window)
         if not torch.allclose(torch.as_tensor(out).float(), wanted.float(), atol=2e-2, rtol=2e-2):
             return "torch.nn.attention.varlen with a block table gives another result here"
     except Exception as error:

@@ -10,11 +10,14 @@ import torch
 from test_parity import generate, prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moeyard.engine.attention import PagedAttention
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.messages import Submit
+from moeyard.engine.model import plug
 from moeyard.engine.params import SamplingParams
 from moeyard.engine.resolve import EMBEDDED
+from moeyard.kernels.gathered_decode import gathered_decode_attention
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +210,30 @@ def test_weights_that_do_not_fit_are_refused_before_loading(make, monkeypatch):
 
 
 def test_float16_on_a_cpu_runs_without_gathering_the_history(make, monkeypatch):
-    monkeypatch.setattr("moeyard.engine.attention._gather_singles", lambda *a, **kw: pytest.fail("gathered"))
+    monkeypatch.setattr("moeyard.engine.attention.gathered_decode_attention", lambda *a, **kw: pytest.fail("gathered"))
     ids = prompts(131, 3, longest=30, seed=6)
     half, full = (generate(make(dtype=dtype), ids, 4) for dtype in ("float16", "float32"))
     assert [tokens[0] for tokens in half] == [tokens[0] for tokens in full]
+
+
+def test_the_way_of_other_devices_gives_the_same_tokens(make, monkeypatch):
+    """What a GPU without a paged flash kernel runs, run here: gathered history and grouped GEMMs."""
+    ids = prompts(131, 6, longest=60, seed=7)
+    wanted = generate(make(), ids, 12)
+    engine = make()
+    taken = []
+
+    def gathered(*args, **options):
+        taken.append(1)
+        return gathered_decode_attention(*args, **options)
+
+    cache = engine._cache
+    monkeypatch.setattr("moeyard.engine.attention.gathered_decode_attention", gathered)
+    monkeypatch.setattr("moeyard.kernels.paged_attention.paged_decode_attention", gathered)
+    engine._attention = PagedAttention(engine.spec.attention, cache)
+    plug(engine._model, engine._name, engine._attention, engine._experts)
+    assert generate(engine, ids, 12) == wanted
+    assert taken
 
 
 def test_expert_counts_are_the_routers(make):
