@@ -11,7 +11,7 @@ from importlib import import_module
 
 from . import __version__
 from .engine.config import EngineConfig, ServeConfig
-from .launch.cli import METAVARS, Parser, add_options, config_from, one_model
+from .launch.cli import Parser, add_options, config_from, one_model
 
 BENCHES = {
     "throughput": "output tokens per second, against other engines",
@@ -58,17 +58,14 @@ def _fill_plan(parser: Parser) -> None:
 
 
 def _fill_generate(parser: Parser) -> None:
-    unset = argparse.SUPPRESS
+    from .engine.params import SamplingParams
+    from .launch.generate import MAX_TOKENS, SAMPLING
+
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
-    group = parser.add_argument_group("sampling")
-    for name, kind, text in (
-        ("--max-tokens", int, "most tokens to write (default: 128)"),
-        ("--temperature", float, "0 is greedy (default: the checkpoint's)"),
-        ("--top-p", float, "keep the likeliest tokens up to this probability (default: the checkpoint's)"),
-        ("--top-k", int, "keep this many tokens; 0 is off (default: the checkpoint's)"),
-        ("--seed", int, "makes the output reproducible (default: none)"),
-    ):
-        group.add_argument(name, type=kind, default=unset, metavar=METAVARS[kind], help=text)
+    group = parser.add_argument_group(
+        "sampling", f"What is not given is the checkpoint's own default; at most {MAX_TOKENS} tokens are written."
+    )
+    add_options(group, SamplingParams, only=SAMPLING, defaults=False)
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--stream", action=switch, default=True, help="print text as it comes (default: on)")
     parser.add_argument("--chat", action=switch, default=False, help="apply the chat template (default: off)")

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .config import option
+
 MAX_LOGPROBS = 20
 MAX_N = 64
 
@@ -21,25 +23,25 @@ class SamplingParams:
     `json_schema` (JSON text) makes the output match that schema.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    n: int = option(1, "outputs per prompt")
+    temperature: float = option(1.0, "0 is greedy")
+    top_p: float = option(1.0, "keep the likeliest tokens up to this probability; 1 is off")
+    top_k: int = option(0, "keep this many of the likeliest tokens; 0 is off")
+    min_p: float = option(0.0, "drop tokens less likely than this share of the likeliest; 0 is off")
+    repetition_penalty: float = option(1.0, "above 1 discourages tokens of the prompt and the output")
+    presence_penalty: float = option(0.0, "above 0 discourages tokens of the output")
+    frequency_penalty: float = option(0.0, "above 0 discourages tokens by how often the output has them")
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    min_tokens: int = 0
-    max_tokens: int | None = 16
-    logprobs: int | None = None
-    skip_special_tokens: bool = True
-    json_schema: str | None = None
+    seed: int | None = option(None, "makes the output reproducible")
+    stop: tuple[str, ...] = option((), "text that ends the output; may be repeated")
+    stop_token_ids: tuple[int, ...] = option((), "token that ends the output; may be repeated")
+    include_stop_str_in_output: bool = option(False, "keep the stop text in the output")
+    ignore_eos: bool = option(False, "go on after the model's own end token")
+    min_tokens: int = option(0, "fewest tokens before an end token or stop token counts")
+    max_tokens: int | None = option(16, "most tokens to write")
+    logprobs: int | None = option(None, "alternatives to report per token")
+    skip_special_tokens: bool = option(True, "leave special tokens out of the text")
+    json_schema: str | None = option(None, "JSON schema that the output must match")
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

@@ -12,7 +12,7 @@ import difflib
 import os
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
@@ -68,16 +68,21 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type, *, model_positional: bool = False) -> None:
-    """Adds one option per field of the dataclass `cls`; `config_from` reads them back.
+def add_options(
+    parser: Any, cls: type, *, model_positional: bool = False, only: Collection[str] = (), defaults: bool = True
+) -> None:
+    """Adds one option per field of the dataclass `cls`, or per field in `only`; `config_from` reads them back.
 
-    With `model_positional` the field `model` can also be given as a positional MODEL.
+    With `model_positional` the field `model` can also be given as a positional MODEL. A tuple is an option that may be
+    repeated. `defaults`: whether the help shows the fields' own.
     """
     hints = get_type_hints(cls)
     if model_positional:
         text = next(f for f in dataclasses.fields(cls) if f.name == "model").metadata["help"]
         parser.add_argument("model_positional", nargs="?", metavar="MODEL", help=text)
     for f in dataclasses.fields(cls):
+        if only and f.name not in only:
+            continue
         kwargs: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
         help_text = "the same as MODEL" if f.name == "model" and model_positional else f.metadata["help"]
         value_type = _plain_type(hints[f.name])
@@ -85,10 +90,13 @@ def add_options(parser: argparse.ArgumentParser, cls: type, *, model_positional:
             kwargs["action"] = argparse.BooleanOptionalAction
             help_text += f" (default: {'on' if f.default else 'off'})"
         else:
+            if get_origin(value_type) is tuple:
+                value_type = get_args(value_type)[0]
+                kwargs["action"] = "append"
             kwargs["type"] = value_type
             kwargs["choices"] = f.metadata.get("choices") or None
             kwargs["metavar"] = f.metadata.get("metavar") or METAVARS.get(value_type)
-            if f.default not in (None, ""):
+            if defaults and f.default not in (None, ""):
                 help_text += f" (default: {f.default})"
         parser.add_argument(flag(f.name), help=help_text.replace("%", "%%"), **kwargs)
 

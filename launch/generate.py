@@ -7,9 +7,11 @@ import dataclasses
 from typing import Any
 
 from ..engine.config import EngineConfig
+from ..engine.params import SamplingParams
 
 MAX_TOKENS = 128
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name not in ("n", "logit_bias", "logprobs"))
+"""Options of the command, from `SamplingParams`: all but those whose result a text does not show."""
 
 
 def run(config: EngineConfig, args: argparse.Namespace) -> int:

@@ -98,3 +98,12 @@ def test_a_bad_sampling_value_is_an_error(capsys):
     assert main(["generate", "hi", "--top-p", "2"]) == 2
     assert "top_p is 2.0; it must be above 0" in capsys.readouterr().err
     assert FakeLLM.last.closed
+
+
+def test_every_sampling_option_reaches_the_request():
+    words = "--min-p 0.1 --stop a --stop b --stop-token-ids 5 --ignore-eos --min-tokens 2 --frequency-penalty 0.5"
+    assert main(["generate", "x", *words.split()]) == 0
+    ((_, _, given),) = FakeLLM.last.calls
+    assert (given.min_p, given.stop, given.stop_token_ids) == (0.1, ("a", "b"), (5,))
+    assert (given.ignore_eos, given.min_tokens, given.frequency_penalty) == (True, 2, 0.5)
+    assert (given.temperature, given.max_tokens) == (0.6, 128)
