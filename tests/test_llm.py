@@ -32,10 +32,16 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
+def _runs_a_fake(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and str(FAKE) in process.cmdline()
+    except psutil.NoSuchProcess:  # ended between being listed and being looked at
+        return False
+
+
 def workers():
     """Processes of fake engines that this one has started and that run."""
-    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child.pid for child in alive if str(FAKE) in child.cmdline()]
+    return [child.pid for child in psutil.Process().children() if _runs_a_fake(child)]
 
 
 @pytest.fixture
