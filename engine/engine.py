@@ -32,6 +32,7 @@ from .loader import draw, load
 from .memory import check_weights_fit, free_memory, kv_blocks
 from .messages import Stats, Submit, TokenDelta
 from .model import plug, unplug
+from .moe import calibrate
 from .params import SamplingParams
 from .resolve import resolve_model
 from .sampling import Sampled, SequenceSampler, sample
@@ -68,6 +69,8 @@ class Engine:
         if self.device.type == "cpu":
             use_small_row_kernels(self._model)
             _compile_kernels(config.progress)
+            with torch.inference_mode():
+                calibrate(self._experts.layers)
         self._name = f"moeyard_{next(_NUMBERS)}"
         activations = self._warm_up(blueprint.dtype)
         free = free_memory(self.device) - activations

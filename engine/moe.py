@@ -5,6 +5,7 @@ T: tokens, K: experts per token, D: hidden size, E: experts, R: rows (token and 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from ..kernels.grouped_mm import grouped_mm
 from .dispatch import LocalDispatcher
 from .experts import ExpertPool
 
-FEW_ROWS = 16
-"""Mean rows per expert up to which the compiled CPU kernels beat one GEMM per expert."""
+ROW_COUNTS = (16, 32, 64, 128, 256)
+"""Rows per expert at which the compiled kernels and one GEMM per expert are timed against each other."""
+_TRIAL_EXPERTS = 4
+_TRIAL_REPEATS = 3
 
 
 class MoELayer:
@@ -28,15 +31,26 @@ class MoELayer:
         self.dispatcher = LocalDispatcher(pool.num_slots)
         self.gate: Any = module._apply_gate if pool.spec.has_gate else module.act_fn
         self._few_rows = _few_rows_function(pool, self.gate)
+        # Mean rows per expert up to which the compiled kernels run; `calibrate` measures it.
+        self.few_rows = ROW_COUNTS[0]
         self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.up_SND.device)
 
     def __call__(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The experts' weighted outputs [T, D] for the router's choice."""
         pool = self.pool
-        if self._few_rows is not None and ids_TK.numel() <= FEW_ROWS * pool.num_slots:
+        if self._few_rows is not None and ids_TK.numel() <= self.few_rows * pool.num_slots:
             out_TD, counts_E = self._few_rows(x_TD, ids_TK, weights_TK)
             self.counts_E += counts_E
             return out_TD
+        out_TD, counts_E = self._many_rows(x_TD, ids_TK, weights_TK)
+        self.counts_E += counts_E
+        return out_TD
+
+    def _many_rows(
+        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dispatch, one GEMM per expert or a grouped one, combine."""
+        pool = self.pool
         if x_TD.device.type == "cpu":
             token_R, counts_S, state = self.dispatcher.route(ids_TK, weights_TK)
             y_RD = expert_loop(
@@ -46,8 +60,43 @@ class MoELayer:
             rows_RD, counts_S, state = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
             h_RI = self.gate(grouped_mm(rows_RD, pool.up_SND, counts_S, pool.up_bias_SN))
             y_RD = grouped_mm(h_RI, pool.down_SDI, counts_S, pool.down_bias_SD)
-        self.counts_E += counts_S
-        return self.dispatcher.combine(y_RD, state)
+        return self.dispatcher.combine(y_RD, state), counts_S
+
+    def measure_few_rows(self) -> int:
+        """The largest of `ROW_COUNTS` at which the compiled kernels are the faster way here, 0 if at none.
+
+        Timed on a few of the layer's own experts: milliseconds for small experts, a fraction of a second for large
+        ones.
+        """
+        if self._few_rows is None:
+            return 0
+        experts = min(_TRIAL_EXPERTS, self.pool.num_slots)
+        best = 0
+        for rows in ROW_COUNTS:
+            x_TD = torch.randn(experts * rows, self.pool.down_SDI.shape[1]).to(self.pool.up_SND.dtype)
+            ids_TK = torch.arange(experts).repeat(rows)[:, None]
+            weights_TK = torch.ones_like(ids_TK, dtype=x_TD.dtype)
+            seconds: dict[Any, list[float]] = {self._few_rows: [], self._many_rows: []}
+            for _ in range(_TRIAL_REPEATS):
+                for way, times in seconds.items():
+                    start = time.perf_counter()
+                    way(x_TD, ids_TK, weights_TK)
+                    times.append(time.perf_counter() - start)
+            if min(seconds[self._few_rows]) > min(seconds[self._many_rows]):
+                break
+            best = rows
+        return best
+
+
+def calibrate(layers: list[MoELayer]) -> None:
+    """Measures, once for each shape of layer, up to how many rows per expert its compiled kernels are used."""
+    measured: dict[tuple[Any, ...], int] = {}
+    for layer in layers:
+        pool = layer.pool
+        shape = (pool.up_SND.shape, pool.up_SND.dtype, pool.spec.has_bias, pool.spec.has_gate)
+        if shape not in measured:
+            measured[shape] = layer.measure_few_rows()
+        layer.few_rows = measured[shape]
 
 
 def _is_swiglu(gate: Any, width: int) -> bool:

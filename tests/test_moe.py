@@ -42,7 +42,7 @@ def test_equals_the_models_own_experts(layers, tokens, few_rows, monkeypatch):
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
     counted = torch.bincount(ids.flatten(), minlength=spec.num_experts)
     assert torch.equal(layer.counts_E - before, counted)
-    few = tokens * spec.top_k <= moe.FEW_ROWS * spec.num_experts
+    few = tokens * spec.top_k <= layer.few_rows * spec.num_experts
     assert bool(taken) == (few_rows and few)
 
 
@@ -66,3 +66,30 @@ def test_plain_swiglu_is_found_by_trying():
 
     assert moe._is_swiglu(swiglu, 20)
     assert not any(moe._is_swiglu(gate, 20) for gate in (geglu, interleaved, clamped, clamped_far))
+
+
+def test_the_faster_way_is_found_by_timing(layers, monkeypatch):
+    layer = copy.copy(layers[0])
+    clock = iter(range(10**6))
+    slow = iter([1, 9] * 3 + [1, 9] * 3 + [9, 1] * 3)  # few rows win at the first two counts
+    now = 0
+
+    def tick():
+        nonlocal now
+        if next(clock) % 2:
+            now += next(slow)
+        return now
+
+    monkeypatch.setattr(moe.time, "perf_counter", tick)
+    assert layer.measure_few_rows() == moe.ROW_COUNTS[1]
+    layer._few_rows = None
+    assert layer.measure_few_rows() == 0
+
+
+def test_layers_of_one_shape_are_measured_once(layers, monkeypatch):
+    pair = [copy.copy(layers[0]), copy.copy(layers[0])]
+    measured = []
+    monkeypatch.setattr(moe.MoELayer, "measure_few_rows", lambda self: measured.append(self) or 64)
+    moe.calibrate(pair)
+    assert [layer.few_rows for layer in pair] == [64, 64]
+    assert len(measured) == 1
