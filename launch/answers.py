@@ -50,6 +50,8 @@ async def outputs(frontend: FrontEnd, call: Call) -> Outputs:
     newest: dict[int, RequestOutput] = {}
     news = asyncio.Event()
 
+    for ids in call.prompts:
+        frontend.check(ids, call.params)
     # One decision for the whole call: its own prompts must not fill the queue for each other.
     frontend.admit(sum(map(len, call.prompts)) * call.params.n)
 

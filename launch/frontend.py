@@ -159,10 +159,10 @@ class FrontEnd:
                 retry_after=retry_after,
             )
 
-    def check(self, prompt_ids: list[int], params: SamplingParams, *, admitted: bool = False) -> SamplingParams:
+    def check(self, prompt_ids: list[int], params: SamplingParams) -> SamplingParams:
         """Raises RequestError for a request that cannot be served; returns `params` with `max_tokens` filled in.
 
-        `admitted`: `admit` has let it in already, as one of several prompts.
+        Whether the queue has room is `admit`'s to say, afterwards: what can never be served must not be told to retry.
         """
         if self.draining:
             raise _shutting_down()
@@ -180,8 +180,6 @@ class FrontEnd:
         if params.stop and self.tokenizer is None:
             raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", param="stop")
         params = self._fit(len(prompt_ids), params)
-        if not admitted:
-            self.admit(len(prompt_ids) * params.n)
         return params
 
     async def generate(
@@ -200,7 +198,9 @@ class FrontEnd:
         between, never text. Closing the generator, or cancelling its task, aborts the request. Raises RequestError
         (before the first output: refused; later: failed).
         """
-        params = self.check(prompt_ids, params, admitted=admitted)
+        params = self.check(prompt_ids, params)
+        if not admitted:  # else `admit` has let it in already, as one of several prompts
+            self.admit(len(prompt_ids) * params.n)
         outputs = [
             Output(submit, i, params, self._vocabulary, self._end_ids)
             for i, submit in enumerate(split(next(self._serial), request_id, prompt_ids, params, cache_salt))

@@ -64,6 +64,9 @@ class FakeFrontEnd:
     async def close(self, drain):
         self.draining = True
 
+    def check(self, prompt_ids, params):
+        return params
+
     def admit(self, tokens):
         self.admissions.append(tokens)
 

@@ -607,6 +607,22 @@ def test_api_key():
         assert not frontend.calls
 
 
+def test_what_can_never_be_served_is_a_400_even_when_the_queue_is_full(client, frontend, monkeypatch):
+    def full(tokens):
+        raise RequestError("the queue is full", status=503, code="queue_full", retry_after=7)
+
+    def too_long(prompt_ids, params):
+        raise RequestError("too long", status=400, param="prompt", code="context_length_exceeded")
+
+    monkeypatch.setattr(frontend, "admit", full)
+    with pytest.raises(openai.InternalServerError):
+        client.completions.create(model=frontend.model_name, prompt="x")
+    monkeypatch.setattr(frontend, "check", too_long)
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=frontend.model_name, prompt="x")
+    assert error.value.code == "context_length_exceeded"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_full_queue_is_a_503_with_retry_after(client, frontend, stream):
     frontend.refusal = RequestError("the queue is full", status=503, code="queue_full", retry_after=7)
