@@ -69,9 +69,77 @@ class EngineConfig:
         choices=("model", "none"),
     )
     progress: bool = option(True, "progress bars on the terminal")
+    ep: int | None = option(
+        None,
+        "expert-parallel ranks, one process and one device each (default: as many as the launcher started, or 1)",
+    )
+    launcher: str = option(
+        "auto",
+        "how ranks are started: processes on this machine, and under torchrun, srun or a LeaderWorkerSet those on the"
+        " others too (auto, local); or actors on a Ray cluster",
+        choices=("auto", "local", "ray"),
+    )
+    cluster_port: int | None = option(
+        None, "port at which the ranks of other machines find the first one (default: from the launcher)"
+    )
+    dispatcher: str = option(
+        "auto",
+        "how tokens reach experts on other ranks; auto chooses for each step by the times measured at start",
+        choices=("auto", "all_gather", "all_to_all"),
+    )
+    chunks: str = option(
+        "auto",
+        "parts into which a layer's tokens are cut, so that sending one part overlaps computing another; auto chooses"
+        " by the times measured at start",
+        choices=("auto", "1", "2", "4", "8"),
+    )
+    expert_placement: str = option(
+        "linear",
+        "which rank has which experts at start: neighbours together, in turn, or balanced by the loads in --placement",
+        choices=("linear", "round_robin", "replicated"),
+    )
+    redundant_experts: int = option(0, "spare expert slots per rank and layer, for second copies of busy experts")
+    placement: str | None = option(
+        None,
+        "file with the experts' recorded loads: read at start when it exists, written while serving and at the end",
+        metavar="FILE",
+    )
+    move_bytes: str = option("256MiB", "most bytes of expert weights that a rank takes in per step", metavar="SIZE")
+    rank_timeout: float = option(
+        10.0, "seconds without a sign of life after which a rank counts as lost", metavar="SECONDS"
+    )
+    collective_timeout: float = option(
+        60.0, "seconds that a rank may wait in one exchange with the others", metavar="SECONDS"
+    )
+    on_rank_loss: str = option(
+        "continue",
+        "when a rank is lost: the others take over its experts and requests, or it is started again and they wait",
+        choices=("continue", "restart"),
+    )
+    router: str = option(
+        "dualmap",
+        "how requests are given to ranks: by cached prefix and load, in turn, or by load alone",
+        choices=("dualmap", "round_robin", "least_loaded"),
+    )
+    ttft_target: float = option(2.0, "time to first token that the router tries to keep, in seconds", metavar="SECONDS")
+    trace: str | None = option(
+        None, "write what every rank did when to this file, for Perfetto or chrome://tracing", metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        if self.ep is not None and self.ep < 1:
+            raise ValueError(f"ep is {self.ep}; it must be at least 1")
+        if self.redundant_experts < 0:
+            raise ValueError(f"redundant_experts is {self.redundant_experts}; it must not be negative")
+        if self.cluster_port is not None and not 0 < self.cluster_port <= 65535:
+            raise ValueError(f"cluster_port is {self.cluster_port}; it must be between 1 and 65535")
+        for name in ("rank_timeout", "collective_timeout", "ttft_target"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.expert_placement == "replicated" and self.placement is None:
+            raise ValueError("expert_placement replicated needs recorded loads; give their file with --placement")
+        parse_size(self.move_bytes, "move_bytes")
         for name in ("max_num_seqs", "max_batched_tokens", "block_size", "max_model_len", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

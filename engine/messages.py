@@ -1,12 +1,18 @@
-"""The messages between the front end and a rank: msgpack arrays `[version, tag, field, ...]`, nothing else.
+"""The messages between the front end and the ranks: msgpack arrays `[version, tag, field, ...]`, nothing else.
 
 Every message is a frozen dataclass registered in `MESSAGES` under a tag. `decode` refuses other versions, unknown tags,
 a wrong number of fields, wrong types and anything longer than `MAX_BYTES`, each with a `MessageError` that says which.
 Nothing is ever unpickled.
 
-A conversation: the rank connects and says `Hello`; it gets `Configure`, loads, and answers `Ready` or `Fatal`. From
-then on `Submit`, `Abort` and `Ping` come in; one `Tokens` per step, now and then `Stats`, and a `Pong` per `Ping` go
-out. It ends with `Shutdown` from the one side or `Fatal` from the other.
+A conversation: the rank connects and says `Hello`; it gets `Configure`. A rank that is one of several then gets `Form`:
+the first member makes the group's store and answers `Store`, and when all have its address in a second `Form`, each
+joins and answers `Joined`. It loads, and answers `Ready` or `Fatal`. From then on `Submit`, `Abort`, `Wake`, `Place`
+and `Ping` come in; one `Tokens` per step, now and then `Stats`, and a `Pong` per `Ping` go out. A rank whose group
+breaks says `Broken` and waits for the `Form` of the next epoch, which it answers with `Joined` when it serves again. It
+ends with `Shutdown` from the one side or `Fatal` from the other.
+
+Beside that each of several ranks has a second connection for `Beat`, from a thread that goes on while the rank
+computes; each is answered by `Heard`. A node that only starts ranks says `NodeHello` and `Ended`, and takes `Kill`.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 64 * 2**20
 
 
@@ -35,19 +41,43 @@ class VersionError(MessageError):
 
 @dataclass(frozen=True, kw_only=True)
 class Configure:
-    """First message to a rank: its options (`EngineConfig.to_dict()`)."""
+    """First message to a rank: its options (`EngineConfig.to_dict()`).
+
+    `tables` is where the experts of each MoE layer are, `[layer][rank][slot]` expert ids or -1, rank being the position
+    among the group's members; None: the rank works it out from the options. `loads` is tokens per [layer][expert] from
+    an earlier run, for planning.
+    """
 
     config: dict[str, Any]
+    tables: list[Any] | None = None
+    loads: list[Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """Form the group of `epoch` (1, 2, ...) from the ranks `members`, in this order.
+
+    `address` is `host:port` of the group's store; "" tells the first member to make the store and answer `Store`. A
+    rank that is not in the group yet joins; one that is leaves the broken group of the epoch before.
+    """
+
+    epoch: int
+    members: list[int]
+    address: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submit:
-    """A request: one output sequence (the front end splits `n`). `params` is `SamplingParams.to_dict()`."""
+    """A request: one output sequence (the front end splits `n`). `params` is `SamplingParams.to_dict()`.
+
+    `output_ids` are tokens that another rank generated before it was lost; the answer goes on after them.
+    """
 
     request_id: str
     prompt_ids: list[int]
     params: dict[str, Any]
     cache_salt: str = ""
+    output_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +95,42 @@ class Ping:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wake:
+    """Take part in steps until every rank has seen this number and none has work.
+
+    Sent to all ranks whenever one of them is given something to do; numbers grow.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Move the experts to `tables` (as in `Configure`), a bounded number of bytes per step.
+
+    The ranks begin at the step at which all have `version`; the newest version replaces what is not done of an older.
+    """
+
+    version: int
+    tables: list[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """Answer to `Beat`: its `clock`, and this side's when it came (nanoseconds, monotonic)."""
+
+    clock: int
+    heard: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """To a node: end this rank's process at once."""
+
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shutdown:
     """Stop now; running requests are dropped."""
 
@@ -74,10 +140,86 @@ class Shutdown:
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """First message of a rank."""
+    """First message of a rank. `host` is the address at which the other ranks reach it."""
 
     pid: int
     version: str
+    rank: int = 0
+    host: str = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """The group's store of `epoch` is at `address` (`host:port`)."""
+
+    epoch: int
+    address: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """This rank is in the group of `epoch`; after the first epoch: it has its experts and serves again.
+
+    `tables` is where the experts are now (as in `Configure`); None in the first epoch, before anything is loaded.
+    """
+
+    epoch: int
+    tables: list[Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """The group of `epoch` broke in this rank's hands: where it was, and what the collective said."""
+
+    epoch: int
+    step: int
+    layer: int
+    phase: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """The experts are as `Place` asked (first member only). `moved` is the bytes that were copied or read for it."""
+
+    version: int
+    moved: int
+    tables: list[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """This rank is alive: where its main loop is (`phase` "" before the first step), at `clock` (nanoseconds)."""
+
+    rank: int
+    step: int
+    layer: int
+    phase: str
+    clock: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """What a rank did when: arrays of `[name, step, layer, start, length]`, nanoseconds of its own monotonic clock."""
+
+    spans: list[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeHello:
+    """First message of a process that started `ranks` on another machine."""
+
+    node: int
+    version: str
+    ranks: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A rank's process on that machine ended, and how."""
+
+    rank: int
+    how: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +265,10 @@ class Tokens:
 class Stats:
     """State of a rank: gauges are current, counters run from its start.
 
-    `expert_counts` is tokens per [MoE layer][expert] since the start, sent when it changed, else None.
+    `expert_counts` is tokens per [MoE layer][expert] since the start, this rank's tokens alone, sent when it changed,
+    else None. `sent_rows` are hidden vectors that went to other ranks' experts and `least_rows` the fewest that could
+    (each token once per distinct other rank); `sent_bytes` all bytes that dispatch and combine sent; `moved_bytes` those
+    of expert weights.
     """
 
     running: int = 0
@@ -137,6 +282,12 @@ class Stats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     expert_counts: list[list[int]] | None = None
+    sent_rows: int = 0
+    least_rows: int = 0
+    sent_bytes: int = 0
+    moved_bytes: int = 0
+    steps_all_gather: int = 0
+    steps_all_to_all: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +309,25 @@ MESSAGES: dict[int, type] = {
     3: Abort,
     4: Ping,
     5: Shutdown,
+    6: Form,
+    7: Wake,
+    8: Place,
+    9: Heard,
+    10: Kill,
     64: Hello,
     65: Ready,
     66: Tokens,
     67: Stats,
     68: Pong,
     69: Fatal,
+    70: Store,
+    71: Joined,
+    72: Broken,
+    73: Placed,
+    74: Beat,
+    75: Spans,
+    76: NodeHello,
+    77: Ended,
 }
 _TAGS = {cls: tag for tag, cls in MESSAGES.items()}
 _DELTA_NAMES = [f.name for f in dataclasses.fields(TokenDelta)]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeyard.engine import messages
-from moeyard.engine.messages import MESSAGES, MessageError, TokenDelta, VersionError, decode, encode
+from moeyard.engine.messages import MESSAGES, VERSION, MessageError, TokenDelta, VersionError, decode, encode
 
 ints = st.integers(-(2**63), 2**64 - 1)
 plain = st.recursive(
@@ -84,7 +84,7 @@ def array(*values):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (array(2, 4, 1), "version 2"),
+        (array(VERSION + 1, 4, 1), f"version {VERSION + 1}"),
         (array(True, 4, 1), "version True"),
         (array(1.0, 4, 1), "version 1.0"),
         (array(None, 4, 1), "version None"),
@@ -98,21 +98,21 @@ def test_other_versions(data, text):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (array(1, 99, 1), "unknown message tag 99"),
-        (array(1, True, {}), "unknown message tag True"),
-        (array(1, "4", 1), "unknown message tag '4'"),
-        (array(1, [4], 1), "unknown message tag"),
-        (array(1, 4), "Ping has 0 fields"),
-        (array(1, 4, 1, 2), "Ping has 2 fields"),
-        (array(1, 4, "1"), "Ping.number is str; it must be int"),
-        (array(1, 4, True), "Ping.number is bool"),
-        (array(1, 2, "a", [1, "b"], {}, ""), "Submit.prompt_ids must hold only int"),
-        (array(1, 2, "a", [1, True], {}, ""), "Submit.prompt_ids must hold only int"),
-        (array(1, 3, ["a", 1]), "Abort.request_ids must hold only str"),
-        (array(1), "an array of version"),
+        (array(VERSION, 99, 1), "unknown message tag 99"),
+        (array(VERSION, True, {}), "unknown message tag True"),
+        (array(VERSION, "4", 1), "unknown message tag '4'"),
+        (array(VERSION, [4], 1), "unknown message tag"),
+        (array(VERSION, 4), "Ping has 0 fields"),
+        (array(VERSION, 4, 1, 2), "Ping has 2 fields"),
+        (array(VERSION, 4, "1"), "Ping.number is str; it must be int"),
+        (array(VERSION, 4, True), "Ping.number is bool"),
+        (array(VERSION, 2, "a", [1, "b"], {}, "", []), "Submit.prompt_ids must hold only int"),
+        (array(VERSION, 2, "a", [1, True], {}, "", []), "Submit.prompt_ids must hold only int"),
+        (array(VERSION, 3, ["a", 1]), "Abort.request_ids must hold only str"),
+        (array(VERSION), "an array of version"),
         (msgpack.packb({"version": 1}), "an array of version"),
-        (msgpack.packb([1, 4, 1])[:-1], "not msgpack"),
-        (msgpack.packb([1, 4, 1]) + b"\x00", "not msgpack"),
+        (msgpack.packb([VERSION, 4, 1])[:-1], "not msgpack"),
+        (msgpack.packb([VERSION, 4, 1]) + b"\x00", "not msgpack"),
         (b"\x91" * 5000, "not msgpack"),
         (b"\x93\x01\x04\xa1\xff", "not msgpack"),
     ],

@@ -18,7 +18,7 @@ from fake_worker import Command
 
 from moeyard.engine import messages, worker
 from moeyard.engine.config import EngineConfig
-from moeyard.engine.messages import Abort, Configure, Fatal, Ping, Pong, Ready, Shutdown, Stats, Submit, Tokens
+from moeyard.engine.messages import VERSION, Abort, Configure, Fatal, Ping, Pong, Ready, Shutdown, Stats, Submit, Tokens
 from moeyard.engine.params import SamplingParams
 from moeyard.launch.local import LocalLauncher
 
@@ -165,7 +165,8 @@ def test_abort_and_refusal(tmp_path):
 def test_malformed_messages_are_dropped(tmp_path):
     with Peer(tmp_path) as peer:
         peer.configure()
-        for bad in (b"", b"\xc1", msgpack.packb([1, 99]), msgpack.packb([1, 4, "x"]), messages.encode(Pong(number=3))):
+        unknown, wrong = msgpack.packb([VERSION, 99]), msgpack.packb([VERSION, 4, "x"])
+        for bad in (b"", b"\xc1", unknown, wrong, messages.encode(Pong(number=3))):
             peer.send(bad)
         peer.send(Ping(number=7))
         assert peer.receive() == Pong(number=7)
@@ -174,9 +175,10 @@ def test_malformed_messages_are_dropped(tmp_path):
 def test_another_version_is_fatal(tmp_path):
     with Peer(tmp_path) as peer:
         peer.configure()
-        peer.send(msgpack.packb([2, 4, 1]))
+        peer.send(msgpack.packb([VERSION + 1, 4, 1]))
         fatal = peer.receive()
-        assert isinstance(fatal, Fatal) and "message version 2" in fatal.error and "one build" in fatal.error
+        assert isinstance(fatal, Fatal)
+        assert f"message version {VERSION + 1}" in fatal.error and "one build" in fatal.error
         assert peer.exit_code() == 1
 
 
