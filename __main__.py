@@ -17,6 +17,7 @@ BENCHES = {
     "throughput": "output tokens per second, against other engines",
     "latency": "time of one batch, prefill and decode apart",
     "serve": "a running server under a stream of requests",
+    "router": "policies that choose a rank for a request, simulated",
 }
 
 
