@@ -35,7 +35,7 @@ def run(*command: object) -> str:
 
 
 def test_every_example_has_a_test():
-    assert {path.name for path in EXAMPLES.iterdir()} == {"offline.py", "stream_chat.py", "structured.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"offline.py", "stream_chat.py", "structured.py"}
 
 
 def test_offline():
