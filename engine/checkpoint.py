@@ -8,6 +8,7 @@ not count.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -70,6 +71,17 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors as stored."""
         return sum(e.nbytes for e in self.entries.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for equal headers and configuration: what can be told without reading the weights."""
+        digest = hashlib.blake2b(digest_size=16)
+        for entry in sorted(self.entries.values(), key=lambda e: e.name):
+            digest.update(repr((entry.name, entry.file.name, entry.dtype, entry.shape)).encode())
+        config = self.path / "config.json"
+        if config.is_file():
+            digest.update(config.read_bytes())
+        return digest.hexdigest()
 
     def read(self, name: str) -> torch.Tensor:
         """A stored tensor; its memory is the file's mapping, so copy what is kept."""

@@ -12,6 +12,7 @@ import json
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +28,24 @@ from .attention import PagedAttention
 from .config import EngineConfig, format_size
 from .cpu_linear import use_small_row_kernels
 from .grammar import GrammarCompiler
+from .group import RankGroup
 from .kv_cache import KVCache, Span, StepBatch, make_batch
-from .loader import draw, load
+from .loader import Blueprint, draw, load
 from .memory import check_weights_fit, free_memory, kv_blocks
-from .messages import Stats, Submit, TokenDelta
+from .messages import Spans, Stats, Submit, TokenDelta
 from .model import plug, unplug
-from .moe import calibrate
+from .moe import MoEFunction, calibrate
+from .overlap import find_overlap
+from .parallel import Parallel, Seat, check_alike, first_tables
 from .params import SamplingParams
+from .progress import Progress
 from .resolve import resolve_model
 from .sampling import Sampled, SequenceSampler, sample
 
 logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 3600.0
+"""How long a rank may wait for another that loads; the front end's own limit is shorter."""
 
 _NUMBERS = itertools.count()
 
@@ -49,31 +57,39 @@ class _Life:
     sampler: SequenceSampler
     submitted: float
     started: float = 0.0
+    resumed: bool = False  # another rank has generated the first tokens
 
 
 class Engine:
     """Loads a checkpoint and generates. Raises ValueError for what the user can mend: options, checkpoint, request."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineConfig, seat: Seat | None = None):
         self.config = config
-        set_threads(config.threads or usable_cores())
+        sharing = seat.local_ranks if seat else 1
+        self.progress = seat.group.progress if seat else Progress()
+        set_threads(config.threads or max(1, usable_cores() // sharing))
         path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
-        blueprint = draw(config, path)
+        blueprint = draw(config, path, seat.local_rank if seat else 0, sharing)
         self.spec = blueprint.spec
         self.device = blueprint.device
         self.max_model_len = blueprint.max_model_len
         self.vocab_size = min(int(blueprint.model.config.vocab_size), blueprint.spec.vocab_size)
         self._model = blueprint.model
-        check_weights_fit(blueprint.footprint, self.device)
-        self._experts = load(blueprint, progress=config.progress)
+        self._parallel: Parallel | None = None
+        self._experts = self._load(blueprint, seat)
+        show_progress = config.progress and (seat is None or seat.local_rank == 0)
         if self.device.type == "cpu":
             use_small_row_kernels(self._model)
-            _compile_kernels(config.progress)
+            _compile_kernels(show_progress)
             with torch.inference_mode():
                 calibrate(self._experts.layers)
         self._name = f"moeyard_{next(_NUMBERS)}"
         activations = self._warm_up(blueprint.dtype)
-        free = free_memory(self.device) - activations
+        if self._parallel is not None:
+            assert seat is not None
+            self._join(seat.group)
+        # Ranks on one machine share its memory, and a GPU's is a rank's own.
+        free = free_memory(self.device) / (sharing if self.device.type == "cpu" else 1) - activations
         num_blocks = kv_blocks(config, self.device, blueprint.footprint.kv_per_token, self.max_model_len, free)
         self._use_cache(num_blocks, blueprint.dtype)
         self._pool = BlockPool(num_blocks, config.block_size, config.prefix_cache)
@@ -96,6 +112,11 @@ class Engine:
             "kv_tokens": self.kv_tokens,
             "max_model_len": self.max_model_len,
             "moe_layers": [layer.module for layer in self.spec.experts],
+            "experts": [layer.num_experts for layer in self.spec.experts],
+            "tables": self._parallel.tables if self._parallel else None,
+            "expert_nbytes": blueprint.footprint.expert,
+            "dense_bytes": blueprint.footprint.dense,
+            "own_expert_bytes": sum(layer.pool.nbytes for layer in self._experts.layers),
         }
         logger.info(
             "%s on %s in %s: weights %s, KV cache %s for %d tokens",
@@ -114,7 +135,38 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        """Whether to step: requests of this rank's own, or the other ranks may have some."""
+        return self._scheduler.has_work or (self._parallel is not None and self._parallel.awake)
+
+    def wake(self, number: int) -> None:
+        """Take part in steps until all ranks have seen this number and none has work."""
+        if self._parallel is not None:
+            self._parallel.wake(number)
+
+    def place(self, version: int, tables: Sequence[Any]) -> None:
+        """Move the experts to these tables. Raises ValueError for tables that are not this model's."""
+        if self._parallel is None:
+            raise ValueError("tables: this engine has all experts; there is nothing to place")
+        self._parallel.place(version, tables)
+
+    def join(self, group: RankGroup) -> list[Any]:
+        """Goes on in another group, after a rank was lost or came back; where the experts are then.
+
+        What was in flight stays: its tokens are computed again in the next step. Raises RankLost and what
+        `Parallel.join` raises.
+        """
+        assert self._parallel is not None
+        self._join(group)
+        return self._parallel.tables
+
+    def take_reports(self) -> list[Any]:
+        """Messages for the front end beside tokens and figures."""
+        reports: list[Any] = []
+        if self._parallel is not None:
+            reports, self._parallel.reports = self._parallel.reports, []
+        if self.progress.recording and (spans := self.progress.take_spans()):
+            reports.append(Spans(spans=[list(span) for span in spans]))
+        return reports
 
     def submit(self, submit: Submit) -> None:
         """Queues a request. Raises ValueError naming the field when it can never be served."""
@@ -145,9 +197,16 @@ class Engine:
             grammar,
             room,
         )
-        life = _Life(sampler=sampler, submitted=time.monotonic())
+        for token in submit.output_ids:
+            if sampler.finish_reason or not (isinstance(token, int) and 0 <= token < self.vocab_size):
+                raise ValueError("output_ids: the answer had ended already, or holds tokens outside the vocabulary")
+            sampler.advance(token)
+        life = _Life(sampler=sampler, submitted=time.monotonic(), resumed=bool(submit.output_ids))
         total = len(prompt) + min(params.max_tokens or room, room)
-        self._scheduler.add(Request(submit.request_id, prompt, total, submit.cache_salt, life))
+        if sampler.finish_reason:
+            raise ValueError("output_ids: the answer had ended already")
+        request = Request(submit.request_id, [*prompt, *submit.output_ids], total, submit.cache_salt, life)
+        self._scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
         self._scheduler.abort(request_id)
@@ -155,6 +214,11 @@ class Engine:
     def step(self) -> list[TokenDelta]:
         """Computes one step; what each request gained, finished requests included."""
         step = self._scheduler.schedule()
+        if self._parallel is not None:
+            plan = self._parallel.agree(sum(step.tokens.values()), self._scheduler.has_work)
+            if plan is not None and not step.tokens:
+                with torch.inference_mode():
+                    self._parallel.take_part()
         if not step.tokens:
             return []
         now = time.monotonic()
@@ -180,17 +244,48 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             expert_counts=[layer.counts_E.tolist() for layer in self._experts.layers] if with_experts else None,
+            **(self._parallel.figures() if self._parallel else {}),
         )
 
     def close(self) -> None:
         """Forgets the functions registered with transformers, which keep the model's memory alive."""
         unplug(self._name)
 
+    def _load(self, blueprint: Blueprint, seat: Seat | None) -> MoEFunction:
+        """The weights; of the experts only this rank's, where there are several."""
+        config = self.config
+        if seat is None:
+            check_weights_fit(blueprint.footprint, self.device)
+            return load(blueprint, progress=config.progress)
+        group = seat.group
+        check_alike(group, blueprint.weights.checkpoint.fingerprint, config, START_TIMEOUT_S)
+        if not blueprint.spec.experts:
+            raise ValueError("ep: this model has no experts to share out; use --ep 1")
+        tables = first_tables(config, [layer.num_experts for layer in blueprint.spec.experts], seat)
+        rows = [table.slots_PS[group.position] for table in tables]
+        readers = [blueprint.weights.reader(layer) for layer in blueprint.spec.experts]
+        own = sum(reader.nbytes * len(row) for reader, row in zip(readers, rows, strict=True))
+        check_weights_fit(blueprint.footprint, self.device, own, seat.local_ranks)
+        experts = load(blueprint, progress=config.progress and seat.local_rank == 0, slots=rows)
+        for layer in experts.layers:
+            layer.overlap = find_overlap(blueprint.model, layer.pool.spec.module)
+        self._parallel = Parallel(config, seat, experts.layers, tables)
+        return experts
+
+    def _join(self, group: RankGroup) -> None:
+        assert self._parallel is not None
+        with torch.inference_mode():
+            self._parallel.join(group, START_TIMEOUT_S)
+            self._parallel.measure()
+
     def _use_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
         """Makes a KV cache and plugs the attention over it into the model."""
         self._cache = KVCache(self.spec.attention, num_blocks, self.config.block_size, dtype, self.device)
         self._attention = PagedAttention(self.spec.attention, self._cache)
-        plug(self._model, self._name, self._attention, self._experts)
+        attention: Any = self._attention
+        if self._parallel is not None:
+            attention = _timed(self._attention, self.progress)
+        plug(self._model, self._name, attention, self._experts)
 
     def _warm_up(self, dtype: torch.dtype) -> int:
         """Runs a prefill and a decode step over a cache of their own, so that nothing is compiled while serving.
@@ -218,6 +313,8 @@ class Engine:
                 sample(self._run_batch(batch), [sampler] * rows)
         for layer in self._experts.layers:
             layer.counts_E.zero_()
+            if layer.overlap is not None:
+                layer.overlap.settle()
         peak = torch.cuda.max_memory_allocated(self.device) - before if on_gpu else 0
         # The real cache is made next: nothing of this one may be left beside it.
         unplug(self._name)
@@ -261,7 +358,8 @@ class Engine:
         if result.error:
             self._scheduler.finish(request.id)
             return TokenDelta(request_id=request.id, token_ids=[], finish_reason="error", error=result.error)
-        first = not sampler.output_ids
+        first = not sampler.output_ids or life.resumed
+        life.resumed = False
         sampler.advance(result.token_id)
         self._generated_tokens += 1
         self._scheduler.append(request.id, result.token_id)
@@ -295,6 +393,16 @@ class Engine:
             tokenizer = AutoTokenizer.from_pretrained(self._path, trust_remote_code=self.config.trust_remote_code)
             self._grammars = GrammarCompiler(tokenizer, self.vocab_size, self._eos_ids)
         return self._grammars
+
+
+def _timed(attention: PagedAttention, progress: Progress) -> Any:
+    """The same function with its time on record."""
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with progress.span("attention"):
+            return attention(*args, **kwargs)
+
+    return timed
 
 
 def _compile_kernels(progress: bool) -> None:

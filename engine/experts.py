@@ -5,10 +5,11 @@ S: slots, I: expert width (2I for gate and up together), D: hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..scheduler.table import EMPTY
 from .weights import ExpertReader
 
 UP_NAMES = ("gate_up_proj", "up_proj")
@@ -36,6 +37,8 @@ class ExpertPool:
                 f"model: the experts {spec.module} have the parameters {', '.join(spec.parameters)}; expected"
                 f" {', '.join(sorted(known))}"
             )
+        self.contents = [EMPTY] * num_slots
+        """The expert in each slot; -1 where there is none, or while one is being written."""
         self.up_SND = self._empty(self._up_name, device)
         self.down_SDI = self._empty(DOWN_NAME, device)
         self.up_bias_SN: torch.Tensor | None = None
@@ -61,14 +64,52 @@ class ExpertPool:
 
     def fill(self, slot: int, expert: int) -> None:
         """Reads an expert from the checkpoint into a slot."""
+        self.contents[slot] = EMPTY
         for parameter, tensor in self.reader.read(expert).items():
             if tensor.dim() == 2 and self.spec.is_transposed:
                 tensor = tensor.t()
             getattr(self, self._names[parameter])[slot].copy_(tensor)
+        self.contents[slot] = expert
+
+    def pack(self, slot: int) -> torch.Tensor:
+        """A copy of a slot's tensors as one vector of bytes, for another rank or another slot."""
+        return torch.cat([t[slot].reshape(-1).view(torch.uint8) for t in self._tensors()])
+
+    def empty_pack(self) -> torch.Tensor:
+        """Room for what `pack` gives."""
+        size = sum(t[0].nbytes for t in self._tensors())
+        return torch.empty(size, dtype=torch.uint8, device=self.up_SND.device)
+
+    def unpack(self, slot: int, packed: torch.Tensor, expert: int) -> None:
+        """Writes what `pack` gave for `expert` into a slot."""
+        self.contents[slot] = EMPTY
+        start = 0
+        for tensor in self._tensors():
+            size = tensor[slot].nbytes
+            # A copy first: the part's place in the vector need not suit its type.
+            part = packed[start : start + size].clone().view(tensor.dtype)
+            tensor[slot].copy_(part.view(tensor[slot].shape))
+            start += size
+        self.contents[slot] = expert
+
+    def grow(self, num_slots: int) -> None:
+        """Adds empty slots. The tensors are new ones, one after the other, so that the peak is one tensor more."""
+        assert num_slots >= self.num_slots
+        for name in dict.fromkeys(self._names.values()):
+            old = getattr(self, name)
+            new = old.new_empty(num_slots, *old.shape[1:])
+            new[: self.num_slots].copy_(old)
+            setattr(self, name, new)
+        self.contents += [EMPTY] * (num_slots - self.num_slots)
+        self.num_slots = num_slots
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in dict.fromkeys(self._names.values())]
 
 
-def load_experts(pool: ExpertPool) -> Iterator[int]:
-    """Fills every slot with the expert of its number; yields bytes as it goes."""
-    for expert in range(pool.spec.num_experts):
-        pool.fill(expert, expert)
-        yield pool.reader.nbytes
+def load_experts(pool: ExpertPool, experts: Sequence[int]) -> Iterator[int]:
+    """Fills the slots with these experts, -1 for none; yields bytes as it goes."""
+    for slot, expert in enumerate(experts):
+        if expert != EMPTY:
+            pool.fill(slot, expert)
+            yield pool.reader.nbytes

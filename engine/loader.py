@@ -4,6 +4,7 @@ in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +35,12 @@ class Blueprint:
     max_model_len: int
 
 
-def draw(config: EngineConfig, path: Path) -> Blueprint:
-    """Reads configuration and tensor headers, and checks that they fit. Raises ValueError for the user."""
-    device = choose_device(config.device)
+def draw(config: EngineConfig, path: Path, local_rank: int = 0, local_ranks: int = 1) -> Blueprint:
+    """Reads configuration and tensor headers. Raises ValueError for the user.
+
+    `local_rank` of the `local_ranks` on this machine decides the device.
+    """
+    device = choose_device(config.device, local_rank, local_ranks)
     model_config = load_config(path, trust_remote_code=config.trust_remote_code)
     dtype = choose_dtype(model_config, config.dtype)
     max_model_len = choose_max_model_len(model_config, config.max_model_len)
@@ -55,12 +59,24 @@ def draw(config: EngineConfig, path: Path) -> Blueprint:
     )
 
 
-def load(blueprint: Blueprint, *, progress: bool) -> MoEFunction:
-    """Loads dense weights and experts; returns the experts function with its layers."""
+def load(blueprint: Blueprint, *, progress: bool, slots: Sequence[Sequence[int]] | None = None) -> MoEFunction:
+    """Loads dense weights and experts; returns the experts function with its layers.
+
+    `slots` says for each MoE layer which expert goes to each of this rank's slots (-1: none); None: all of them.
+    """
     model, weights = blueprint.model, blueprint.weights
     experts = MoEFunction()
+    if slots is None:
+        slots = [range(spec.num_experts) for spec in blueprint.spec.experts]
+    readers = [weights.reader(spec) for spec in blueprint.spec.experts]
+    own = sum(r.nbytes * sum(e >= 0 for e in row) for r, row in zip(readers, slots, strict=True))
+    stored = weights.checkpoint.nbytes
+    if blueprint.footprint.experts:
+        # What other ranks have is not read here.
+        share = own / blueprint.footprint.experts
+        stored = int(stored - (1 - share) * stored * blueprint.footprint.experts / blueprint.footprint.weights)
     bar = tqdm(
-        total=weights.checkpoint.nbytes,
+        total=stored,
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
@@ -72,11 +88,11 @@ def load(blueprint: Blueprint, *, progress: bool) -> MoEFunction:
         for nbytes in load_dense(weights, blueprint.device):
             bar.update(nbytes)
         left = bar.total - bar.n
-        if blueprint.footprint.experts:
-            scale = left / blueprint.footprint.experts
-        for spec in blueprint.spec.experts:
-            pool = ExpertPool(weights.reader(spec), spec.num_experts, blueprint.device)
-            for nbytes in load_experts(pool):
+        if own:
+            scale = left / own
+        for spec, reader, row in zip(blueprint.spec.experts, readers, slots, strict=True):
+            pool = ExpertPool(reader, len(row), blueprint.device)
+            for nbytes in load_experts(pool, row):
                 bar.update(int(nbytes * scale))
             module = model.get_submodule(spec.module)
             experts.add(module, MoELayer(module, pool))

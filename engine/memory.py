@@ -66,13 +66,17 @@ def _group_memory() -> float:
     return max(int(limit) - used, 0) if limit.isdigit() else float("inf")
 
 
-def check_weights_fit(size: Footprint, device: torch.device) -> None:
-    """Raises ValueError when the weights alone need more memory than is free."""
-    free = free_memory(device)
-    if size.weights > free:
+def check_weights_fit(size: Footprint, device: torch.device, experts: int | None = None, sharing: int = 1) -> None:
+    """Raises ValueError when the weights alone need more memory than is free.
+
+    `experts` is the bytes of this rank's experts where it does not have all; `sharing` ranks use the memory together.
+    """
+    free = free_memory(device) / (sharing if device.type == "cpu" else 1)
+    needed = size.weights if experts is None else size.dense + experts
+    if needed > free:
         raise ValueError(
-            f"model: the weights need {format_size(size.weights)}, and {format_size(free)} is free on {device.type};"
-            " free some memory, choose a smaller --dtype, or another device"
+            f"model: the weights need {format_size(needed)}, and {format_size(free)} is free on {device.type};"
+            " free some memory, choose a smaller --dtype, another device, or more ranks (--ep)"
         )
 
 
@@ -107,9 +111,21 @@ def kv_blocks(config: EngineConfig, device: torch.device, kv_per_token: int, max
     return blocks
 
 
-def choose_device(option: str) -> torch.device:
-    """Raises ValueError when CUDA is asked for and there is none."""
+def choose_device(option: str, local_rank: int = 0, local_ranks: int = 1) -> torch.device:
+    """The device of a rank among the `local_ranks` on this machine.
+
+    Raises ValueError when CUDA is asked for and there is none, or there are fewer devices than ranks.
+    """
     has_cuda = torch.cuda.is_available()
     if option == "cuda" and not has_cuda:
         raise ValueError("device: cuda was asked for, but PyTorch sees no CUDA device; use --device cpu")
-    return torch.device("cuda", torch.cuda.current_device()) if has_cuda and option != "cpu" else torch.device("cpu")
+    if not has_cuda or option == "cpu":
+        return torch.device("cpu")
+    if local_ranks == 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    count = torch.cuda.device_count()
+    if 1 < count < local_ranks:
+        raise ValueError(f"ep: {local_ranks} ranks on this machine need as many CUDA devices, and PyTorch sees {count}")
+    device = torch.device("cuda", local_rank % count)  # a launcher may show each rank its own device only
+    torch.cuda.set_device(device)
+    return device

@@ -267,8 +267,8 @@ class Stats:
 
     `expert_counts` is tokens per [MoE layer][expert] since the start, this rank's tokens alone, sent when it changed,
     else None. `sent_rows` are hidden vectors that went to other ranks' experts and `least_rows` the fewest that could
-    (each token once per distinct other rank); `sent_bytes` all bytes that dispatch and combine sent; `moved_bytes` those
-    of expert weights.
+    (each token once per distinct other rank); `sent_bytes` all bytes that dispatch and combine sent; `moved_bytes`
+    those of expert weights.
     """
 
     running: int = 0

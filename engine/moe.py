@@ -16,6 +16,8 @@ from ..kernels.expert_loop import expert_loop
 from ..kernels.grouped_mm import grouped_mm
 from .dispatch import LocalDispatcher
 from .experts import ExpertPool
+from .overlap import Overlap
+from .parallel_layer import ParallelLayer
 
 ROW_COUNTS = (16, 32, 64, 128, 256)
 """Rows per expert at which the compiled kernels and one GEMM per expert are timed against each other."""
@@ -24,43 +26,70 @@ _TRIAL_REPEATS = 3
 
 
 class MoELayer:
-    """One layer's experts: dispatches rows to them, runs them, combines. Counts the tokens of each expert."""
+    """One layer's experts: sends tokens to the ranks that have theirs, runs this rank's, combines.
+
+    `counts_E` counts this rank's tokens for each expert. Without `parallel` all experts are here.
+    """
 
     def __init__(self, module: nn.Module, pool: ExpertPool):
         self.pool = pool
-        self.dispatcher = LocalDispatcher(pool.num_slots)
+        self.index = 0
+        self.local = LocalDispatcher(pool.num_slots)
         self.gate: Any = module._apply_gate if pool.spec.has_gate else module.act_fn
         self._few_rows = _few_rows_function(pool, self.gate)
         # Mean rows per expert up to which the compiled kernels run; `calibrate` measures it.
         self.few_rows = ROW_COUNTS[0]
         self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.up_SND.device)
+        self.parallel: ParallelLayer | None = None
+        self.slot_E: torch.Tensor | None = None
+        """Where each expert is when it is not in the slot of its number; -1 leaves out one that is not here."""
+        self.overlap: Overlap | None = None
 
     def __call__(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The experts' weighted outputs [T, D] for the router's choice."""
-        pool = self.pool
-        if self._few_rows is not None and ids_TK.numel() <= self.few_rows * pool.num_slots:
-            out_TD, counts_E = self._few_rows(x_TD, ids_TK, weights_TK)
-            self.counts_E += counts_E
-            return out_TD
-        out_TD, counts_E = self._many_rows(x_TD, ids_TK, weights_TK)
-        self.counts_E += counts_E
-        return out_TD
+        flat = ids_TK.reshape(-1)
+        padded_E = self.counts_E.new_zeros(self.counts_E.shape[0] + 1)
+        self.counts_E += padded_E.scatter_add_(0, flat + 1, torch.ones_like(flat))[1:]
+        if self.parallel is not None:
+            return self.parallel.run(self, x_TD, ids_TK, weights_TK)
+        if self.overlap is not None:
+            self.overlap.run()
+        if self.slot_E is not None:
+            ids_TK = self.slot_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
+        return self.run_local(x_TD, ids_TK, weights_TK)
 
-    def _many_rows(
-        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_local(
+        self, x_RD: torch.Tensor, slots_RK: torch.Tensor, weights_RK: torch.Tensor, pairs: int | None = None
+    ) -> torch.Tensor:
+        """Weighted sums [R, D] over the slots of this rank that each row names; -1 adds nothing.
+
+        `pairs` is the number of slots named, when it is known to be less than all.
+        """
+        if not x_RD.shape[0]:
+            return x_RD.new_empty(0, x_RD.shape[1])
+        pairs = slots_RK.numel() if pairs is None else pairs
+        if self._few_rows is not None and pairs <= self.few_rows * self.pool.num_slots:
+            return self._few_rows(x_RD, slots_RK, weights_RK)[0]
+        return self._many_rows(x_RD, slots_RK, weights_RK)
+
+    def _many_rows(self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Dispatch, one GEMM per expert or a grouped one, combine."""
         pool = self.pool
         if x_TD.device.type == "cpu":
-            token_R, counts_S, state = self.dispatcher.route(ids_TK, weights_TK)
+            token_R, counts_S, state = self.local.route(slots_TK, weights_TK)
             y_RD = expert_loop(
                 x_TD, token_R, counts_S, pool.up_SND, pool.down_SDI, self.gate, pool.up_bias_SN, pool.down_bias_SD
             )
         else:
-            rows_RD, counts_S, state = self.dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+            rows_RD, counts_S, state = self.local.dispatch(x_TD, slots_TK, weights_TK)
             h_RI = self.gate(grouped_mm(rows_RD, pool.up_SND, counts_S, pool.up_bias_SN))
             y_RD = grouped_mm(h_RI, pool.down_SDI, counts_S, pool.down_bias_SD)
-        return self.dispatcher.combine(y_RD, state), counts_S
+        return self.local.combine(y_RD, state)
+
+    def resized(self) -> None:
+        """The pool has other tensors now: what was bound to the old ones is made again."""
+        self.local = LocalDispatcher(self.pool.num_slots)
+        self._few_rows = _few_rows_function(self.pool, self.gate)
 
     def measure_few_rows(self) -> int:
         """The largest of `ROW_COUNTS` at which the compiled kernels are the faster way here, 0 if at none.

@@ -2,7 +2,8 @@
 
 `python -m moeyard.engine.worker --connect ENDPOINT` connects a DEALER socket and speaks `messages`. Between two steps
 it takes every message that waits; without work it sleeps in a poll. It ends on `Shutdown`, when an error makes the
-engine unusable (after `Fatal`), on SIGTERM, and when the process that started it dies.
+engine unusable (after `Fatal`), on SIGTERM, and when the process that started it dies. One of several ranks also ends
+when the front end is silent, and goes on in a new group when one of the others is lost.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
 
@@ -23,11 +25,15 @@ from .config import EngineConfig
 from .messages import (
     MAX_BYTES,
     Abort,
+    Broken,
     Configure,
     Fatal,
+    Form,
     Hello,
+    Joined,
     MessageError,
     Ping,
+    Place,
     Pong,
     Ready,
     Shutdown,
@@ -36,10 +42,15 @@ from .messages import (
     TokenDelta,
     Tokens,
     VersionError,
+    Wake,
     decode,
     encode,
     pack_delta,
 )
+from .wire import address_of_this_machine, set_heartbeat
+
+if TYPE_CHECKING:
+    from .seating import Seating
 
 CONFIGURE_TIMEOUT_S = 60.0
 """How long the front end may take to answer `Hello`."""
@@ -54,6 +65,15 @@ EXPERT_STATS_INTERVAL_S = 2.0
 """Expert counts are larger, and may cost a copy from the device."""
 
 log = logging.getLogger("moeyard.worker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Which rank this process is, and its place among the ranks on this machine."""
+
+    number: int = 0
+    local: int = 0
+    locals: int = 1
 
 
 class EngineLike(Protocol):
@@ -75,7 +95,17 @@ class EngineLike(Protocol):
     def stats(self, with_experts: bool) -> Stats: ...
 
 
-EngineFactory = Callable[[EngineConfig], EngineLike]
+EngineFactory = Callable[..., EngineLike]
+"""Called with the configuration, and with `seat=` for one of several ranks; then it also has what `Ranked` has."""
+
+
+class Ranked(EngineLike, Protocol):
+    """What the loop needs of an engine that is one of several ranks."""
+
+    def wake(self, number: int) -> None: ...
+    def place(self, version: int, tables: Sequence[Any]) -> None: ...
+    def join(self, group: Any) -> list[Any]: ...
+    def take_reports(self) -> list[Any]: ...
 
 
 class LostFrontEnd(RuntimeError):
@@ -85,10 +115,20 @@ class LostFrontEnd(RuntimeError):
 class Worker:
     """The loop between a connected socket and an engine made by `factory`. `parent` is the pid to live as long as."""
 
-    def __init__(self, socket: zmq.Socket[bytes], factory: EngineFactory, parent: int | None) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        factory: EngineFactory,
+        parent: int | None,
+        rank: Rank | None = None,
+        endpoint: str = "",
+    ) -> None:
         self._socket = socket
         self._factory = factory
         self._parent = parent
+        self._rank = rank or Rank()
+        self._endpoint = endpoint
+        self._seating: Seating | None = None
         self._changed = False  # since the last Stats
         self._stats_at = self._experts_at = -float("inf")
 
@@ -108,14 +148,21 @@ class Worker:
     def _serve(self) -> int:
         from .. import __version__
 
-        self._send(Hello(pid=os.getpid(), version=__version__))
+        host = address_of_this_machine(self._endpoint)
+        self._send(Hello(pid=os.getpid(), version=__version__, rank=self._rank.number, host=host))
         first = self._receive(CONFIGURE_TIMEOUT_S)
         if isinstance(first, Shutdown):
             return 0
         if not isinstance(first, Configure):
             raise LostFrontEnd(f"no configuration from the front end within {CONFIGURE_TIMEOUT_S:g} s")
         try:
-            engine = self._factory(EngineConfig(**first.config))
+            config = EngineConfig(**first.config)
+            if (config.ep or 1) > 1:
+                engine = self._start_ranked(config, first, host)
+                if engine is None:
+                    return 0
+            else:
+                engine = self._factory(config)
         except ValueError as error:  # the user's: a bad checkpoint, an option that this machine cannot honour
             log.debug("the engine was refused", exc_info=True)
             self._fatal(str(error), user=True)
@@ -134,14 +181,112 @@ class Worker:
                     return 0
                 self._handle(engine, message)
             self._check_parent()
+            if self._seating is not None and self._seating.form is not None and not self._regroup(engine):
+                return 0
             if engine.has_work:
                 self._changed = True
-                if deltas := engine.step():
-                    self._send(Tokens(deltas=[pack_delta(delta) for delta in deltas]))
+                if not self._step(engine):
+                    return 0
                 self._report(engine, idle=not engine.has_work)
             else:
                 self._report(engine, idle=True)
                 self._socket.poll(IDLE_POLL_MS)
+
+    def _step(self, engine: EngineLike) -> bool:
+        """One step; False when the end has come while a broken group waited for the next."""
+        if self._seating is None:
+            self._send_deltas(engine.step())
+            return True
+        from .group import RankLost
+
+        try:
+            self._send_deltas(engine.step())
+        except RankLost as lost:
+            return self._broken(engine, lost)
+        for report in engine.take_reports():  # type: ignore[attr-defined]
+            self._send(report)
+        return True
+
+    def _send_deltas(self, deltas: list[TokenDelta]) -> None:
+        if deltas:
+            self._send(Tokens(deltas=[pack_delta(delta) for delta in deltas]))
+
+    # One of several ranks
+
+    def _start_ranked(self, config: EngineConfig, configure: Configure, host: str) -> EngineLike | None:
+        """Joins the first group and loads; None when the front end says `Shutdown` meanwhile."""
+        from .seating import Seating
+
+        self._seating = seating = Seating(config, self._rank, host, self._endpoint)
+        seating.start_heartbeat()
+        if not self._wait_for_group(None):
+            return None
+        self._send(Joined(epoch=seating.group.epoch))
+        return self._factory(config, seat=seating.seat(configure))
+
+    def _broken(self, engine: EngineLike, lost: Any) -> bool:
+        seating = self._seating
+        assert seating is not None
+        log.warning("%s", lost)
+        if seating.group is not None:
+            self._send(
+                Broken(epoch=seating.group.epoch, step=lost.step, layer=lost.layer, phase=lost.phase, error=lost.reason)
+            )
+        return self._regroup(engine)
+
+    def _regroup(self, engine: EngineLike) -> bool:
+        """Goes on in the next group, or the one after when that breaks too; False on `Shutdown`."""
+        from .group import RankLost
+
+        seating = self._seating
+        assert seating is not None
+        while True:
+            if not self._wait_for_group(engine):
+                return False
+            try:
+                tables = engine.join(seating.group)  # type: ignore[attr-defined]
+            except RankLost as lost:
+                self._send(
+                    Broken(
+                        epoch=seating.group.epoch, step=lost.step, layer=lost.layer, phase=lost.phase, error=lost.reason
+                    )
+                )
+                continue
+            self._changed = True
+            self._send(Joined(epoch=seating.group.epoch, tables=tables))
+            return True
+
+    def _wait_for_group(self, engine: EngineLike | None) -> bool:
+        """Takes `Form` messages until this rank is in a group; other messages as usual. False on `Shutdown`."""
+        from .group import RankLost
+
+        seating = self._seating
+        assert seating is not None
+        deadline = time.monotonic() + seating.form_timeout_s
+        while True:
+            while seating.form is None:
+                message = self._receive(1.0)
+                if isinstance(message, Shutdown):
+                    return False
+                if isinstance(message, Form):
+                    seating.form = message
+                elif message is not None and engine is not None:
+                    self._handle(engine, message)
+                elif message is not None and not isinstance(message, Wake):
+                    log.error("dropped a %s before the group was formed", type(message).__name__)
+                if time.monotonic() > deadline:
+                    raise LostFrontEnd(f"no group was formed within {seating.form_timeout_s:g} s")
+            form, seating.form = seating.form, None
+            try:
+                answer = seating.take(form)
+            except RankLost as lost:
+                self._send(
+                    Broken(epoch=form.epoch, step=lost.step, layer=lost.layer, phase=lost.phase, error=lost.reason)
+                )
+                continue
+            if answer is None:
+                return True
+            self._send(answer)
 
     def _handle(self, engine: EngineLike, message: Any) -> None:
         if isinstance(message, Submit):
@@ -159,6 +304,15 @@ class Worker:
                 engine.abort(request_id)
         elif isinstance(message, Ping):
             self._send(Pong(number=message.number))
+        elif self._seating is not None and isinstance(message, Form):
+            self._seating.form = message
+        elif self._seating is not None and isinstance(message, Wake):
+            engine.wake(message.number)  # type: ignore[attr-defined]
+        elif self._seating is not None and isinstance(message, Place):
+            try:
+                engine.place(message.version, message.tables)  # type: ignore[attr-defined]
+            except ValueError as error:
+                log.error("a placement was refused: %s", error)
         else:
             log.error("dropped a %s, which a rank does not take", type(message).__name__)
 
@@ -216,15 +370,18 @@ class Worker:
             raise LostFrontEnd(f"the process that started this one ({self._parent}) is gone")
 
 
-def run(endpoint: str, factory: EngineFactory, parent: int | None = None) -> int:
+def run(endpoint: str, factory: EngineFactory, parent: int | None = None, rank: Rank | None = None) -> int:
     """Connects to `endpoint` and works until the end; returns the process's exit code."""
+    rank = rank or Rank()
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, f"rank-{rank.number}".encode())
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
     socket.setsockopt(zmq.LINGER, int(FATAL_LINGER_S * 1000))
+    set_heartbeat(socket)
     try:
         socket.connect(endpoint)
-        return Worker(socket, factory, parent).run()
+        return Worker(socket, factory, parent, rank, endpoint).run()
     finally:
         socket.close()
         context.term()
@@ -236,17 +393,23 @@ def main(argv: Sequence[str] | None = None, factory: EngineFactory | None = None
     parser = argparse.ArgumentParser(prog="moeyard.engine.worker")
     parser.add_argument("--connect", required=True, metavar="ENDPOINT", help="the front end's ZeroMQ address")
     parser.add_argument("--parent", type=int, metavar="PID", help="end when this process, the parent, is gone")
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="which of the ranks this is")
+    parser.add_argument("--local-rank", type=int, default=0, metavar="N", help="which of this machine's ranks")
+    parser.add_argument("--local-ranks", type=int, default=1, metavar="N", help="ranks on this machine")
     args = parser.parse_args(argv)
     if args.parent is not None:
         _die_with_parent()
+    # A store whose host was lost is told in one line of ours; torch would add its C++ stack.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    return run(args.connect, factory or _make_engine, args.parent)
+    rank = Rank(number=args.rank, local=args.local_rank, locals=args.local_ranks)
+    return run(args.connect, factory or _make_engine, args.parent, rank)
 
 
-def _make_engine(config: EngineConfig) -> EngineLike:
+def _make_engine(config: EngineConfig, seat: Any = None) -> EngineLike:
     from .engine import Engine  # heavy: after Hello, so that a slow import is not a silent start
 
-    return Engine(config)
+    return Engine(config, seat)
 
 
 def _die_with_parent() -> None:

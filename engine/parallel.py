@@ -1,0 +1,374 @@
+"""One engine's part in a group of ranks: steps in step, where the experts are, and going on without a lost rank.
+
+Before each step the ranks tell each other, in one small exchange, how many tokens they have, whether they have any
+work, and what they have seen of the front end's orders. From that every rank derives the same plan. A rank without
+tokens takes part in the layers' exchanges with none; when no rank has work, none does anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import __version__
+from ..scheduler import placement
+from ..scheduler.cost import DEGREES, DISPATCHERS, choose_step
+from ..scheduler.step_plan import StepPlan
+from ..scheduler.table import EMPTY, ExpertTable
+from .config import EngineConfig, format_size, parse_size
+from .dispatch import PlanMismatch, RowFormat
+from .group import RankGroup
+from .memory import free_memory
+from .messages import Placed
+from .mover import Mover
+from .parallel_layer import ParallelLayer, StepContext
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from .moe import MoELayer
+
+log = logging.getLogger("moeyard.parallel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """A rank's place: its group, its place among this machine's ranks, and what the front end knows of the experts.
+
+    `tables` are the rows of `Configure.tables`, `loads` of `Configure.loads`.
+    """
+
+    group: RankGroup
+    local_rank: int
+    local_ranks: int
+    tables: Sequence[Any] | None = None
+    loads: Sequence[Any] | None = None
+
+
+def first_tables(config: EngineConfig, experts: Sequence[int], seat: Seat) -> list[ExpertTable]:
+    """Where each layer's experts go at start. Raises ValueError for tables or loads of another shape."""
+    size = seat.group.size
+    if seat.tables is not None:
+        tables = [ExpertTable.from_lists(count, rows) for count, rows in zip(experts, seat.tables, strict=True)]
+        for table in tables:
+            table.check(complete=False)
+        return tables
+    loads = seat.loads
+    if loads is not None and [len(row) for row in loads] != list(experts):
+        raise ValueError(
+            f"placement: the recorded loads are of {[len(row) for row in loads]} experts per layer; the model has"
+            f" {list(experts)}; give the file of this model, or another name for a new one"
+        )
+    if config.expert_placement == "replicated" and loads is None:
+        raise ValueError(
+            f"expert_placement replicated: {config.placement} has no recorded loads yet; start with linear, and with"
+            " this next time"
+        )
+    made = []
+    for layer, count in enumerate(experts):
+        slots = placement.slots_needed(count, size, config.redundant_experts)
+        if config.expert_placement == "replicated":
+            assert loads is not None
+            made.append(placement.replicated(loads[layer], size, slots))
+        else:
+            plan = placement.linear if config.expert_placement == "linear" else placement.round_robin
+            made.append(plan(count, size, slots))
+    return made
+
+
+class Parallel:
+    """The state that an engine shares with the other ranks' engines."""
+
+    def __init__(self, config: EngineConfig, seat: Seat, layers: Sequence[MoELayer], tables: Sequence[ExpertTable]):
+        self.group = seat.group
+        self.progress: Progress = seat.group.progress
+        self.awake = True
+        self.reports: list[Any] = []
+        """Messages for the front end, to be taken by the worker."""
+        self._config = config
+        self._seat = seat
+        self._layers = list(layers)
+        self._mover = Mover([layer.pool for layer in layers], tables, parse_size(config.move_bytes, "move_bytes"))
+        self._wake = 0
+        self._version = self._aimed = 0
+        self._goals: dict[int, list[ExpertTable]] = {}
+        self._last_digest = 0
+        self._closed_bytes = 0
+        self.steps = dict.fromkeys(DISPATCHERS, 0)
+        self._context = StepContext(self.group, self._idle_plan())
+        top = layers[0].pool.spec
+        self._top_k = top.top_k
+        self._experts = top.num_experts
+        down = layers[0].pool.down_SDI
+        self._row_bytes = RowFormat(down.shape[1], self._top_k, down.dtype).nbytes
+        self._row_bytes_back = down.shape[1] * down.element_size()
+        for layer, table in zip(layers, tables, strict=True):  # until `join`: for warming up
+            layer.slot_E = torch.tensor(table.slot_of(self.group.position), device=down.device)
+        self._choices: dict[tuple[int, ...], tuple[str, int]] = {}
+
+    # What the front end orders
+
+    def wake(self, number: int) -> None:
+        self._wake = max(self._wake, number)
+        self.awake = True
+
+    def place(self, version: int, rows: Sequence[Any]) -> None:
+        """Raises ValueError for tables that are not this model's."""
+        tables = [ExpertTable.from_lists(now.experts, r) for now, r in zip(self._mover.tables, rows, strict=True)]
+        for now, table in zip(self._mover.tables, tables, strict=True):
+            table.check()
+            if (table.ranks, table.slots) != (now.ranks, now.slots):
+                raise ValueError(
+                    f"tables: {table.ranks} ranks with {table.slots} slots were given; there are {now.ranks} with"
+                    f" {now.slots}"
+                )
+        self._goals[version] = tables
+        self._version = max(self._version, version)
+        self.awake = True
+
+    # Steps
+
+    def agree(self, tokens: int, has_work: bool) -> StepPlan | None:
+        """The plan of the next step; None when no rank has tokens. Moves experts, too, when there are some to move.
+
+        Goes to sleep (`awake`) when nobody has work and all have seen the same orders.
+        """
+        self.progress.step += 1
+        self.progress.layer = -1
+        step = self.progress.step
+        busy = has_work or self._mover.pending
+        mine = (step, tokens, busy, self._wake, self._version, self._last_digest)
+        rows = self.group.all_gather_ints(mine)
+        self._check([row[0] for row in rows], "step")
+        self._check([row[5] for row in rows], "plan")
+        version = min(row[4] for row in rows)
+        if version > self._aimed:
+            self._aim(version)
+            busy = True
+        tokens_P = tuple(row[1] for row in rows)
+        if not any(row[2] for row in rows) and not busy:
+            self.awake = len({(row[3], row[4]) for row in rows}) > 1
+            return None
+        if self._mover.pending:
+            self._move()
+        if not any(tokens_P):
+            return None
+        dispatcher, degree = self._choose(tokens_P)
+        plan = StepPlan(
+            step=step, tokens_P=tokens_P, dispatcher=dispatcher, degree=degree, table_digest=self._table_digest
+        )
+        self.steps[dispatcher] += 1
+        self._last_digest = plan.digest
+        self._context.plan = plan
+        return plan
+
+    def take_part(self) -> None:
+        """The layers of a step in which this rank has no tokens: its experts compute the others'."""
+        for layer in self._layers:
+            pool = layer.pool
+            device = pool.down_SDI.device
+            layer(
+                pool.down_SDI.new_empty(0, pool.down_SDI.shape[1]),
+                torch.empty(0, pool.spec.top_k, dtype=torch.long, device=device),
+                torch.empty(0, pool.spec.top_k, device=device),
+            )
+
+    def _check(self, values: Sequence[int], what: str) -> None:
+        if len(set(values)) > 1:
+            by_rank = ", ".join(f"rank {r}: {v}" for r, v in zip(self.group.members, values, strict=True))
+            raise PlanMismatch(f"the ranks are not at the same {what} ({by_rank}); that is a defect, please report it")
+
+    def _choose(self, tokens_P: tuple[int, ...]) -> tuple[str, int]:
+        """Dispatcher and degree; a degree of 0 lets each layer choose from its exact counts."""
+        if tokens_P not in self._choices:
+            self._choices[tokens_P] = self._make_choice(tokens_P)
+            if len(self._choices) > 4096:
+                self._choices.pop(next(iter(self._choices)))
+        return self._choices[tokens_P]
+
+    def _make_choice(self, tokens_P: tuple[int, ...]) -> tuple[str, int]:
+        config, constants = self._config, self._context.constants
+        forced = None if config.chunks == "auto" else int(config.chunks)
+        allowed = DISPATCHERS if config.dispatcher == "auto" else (config.dispatcher,)
+        if constants is None:  # warming up
+            return allowed[-1], forced or 1
+        choice = choose_step(
+            constants,
+            tokens_P,
+            row_bytes=self._row_bytes,
+            row_bytes_back=self._row_bytes_back,
+            top_k=self._top_k,
+            experts=self._experts,
+            allowed=allowed,
+            degrees=DEGREES if forced is None else (forced,),
+        )
+        if forced is not None or choice.dispatcher == "all_gather" or choice.degree == 1:
+            return choice.dispatcher, choice.degree
+        return choice.dispatcher, 0
+
+    # Where the experts are
+
+    @property
+    def tables(self) -> list[list[list[int]]]:
+        return [table.to_lists() for table in self._mover.tables]
+
+    @property
+    def moved_bytes(self) -> int:
+        return self._mover.moved_bytes
+
+    def _aim(self, version: int) -> None:
+        self._aimed = version
+        self._mover.aim(self._goals[version])
+        self._goals = {v: goals for v, goals in self._goals.items() if v > version}
+
+    def _move(self) -> None:
+        before = self._mover.moved_bytes
+        for layer in self._mover.step(self.group):
+            self._use(layer)
+        log.debug("moved %d bytes of experts", self._mover.moved_bytes - before)
+        self._digest_tables()
+        if not self._mover.pending and self.group.position == 0:
+            self.reports.append(Placed(version=self._aimed, moved=self._mover.moved_bytes, tables=self.tables))
+
+    def _use(self, index: int) -> None:
+        """Lets a layer work by its table as it is now."""
+        layer, table = self._layers[index], self._mover.tables[index]
+        if self.group.size == 1:
+            layer.parallel = None
+            layer.slot_E = torch.tensor(table.slot_of(0), device=self.group.device)
+        elif layer.parallel is None or layer.parallel.context is not self._context:
+            layer.parallel = ParallelLayer(self._context, table, index)
+        else:
+            layer.parallel.use(table)
+
+    def _digest_tables(self) -> None:
+        text = repr([table.digest() for table in self._mover.tables])
+        self._table_digest = int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
+
+    # Joining a group, the first or the next
+
+    def join(self, group: RankGroup, timeout_s: float) -> None:
+        """Takes this engine, with its experts loaded, into a group: all members call it.
+
+        Finds out which experts are where, reads those that no member has (a rank was lost) from the checkpoint, and
+        measures the new group. `timeout_s` bounds the wait for a member that still loads. Raises RankLost, or
+        ValueError when a member has another build or checkpoint, MemoryError when the experts do not fit.
+        """
+        self._closed_bytes += self.group.sent_bytes if group is not self.group else 0
+        self.group = group
+        mover = self._mover
+        group.put("ready", {"slots": [layer.pool.num_slots for layer in self._layers], "step": self.progress.step})
+        said = group.get_all("ready", timeout_s)
+        slots_L = [max(s["slots"][index] for s in said) for index in range(len(self._layers))]
+        self.progress.step = max(s["step"] for s in said)
+        self.progress.layer = -1
+        flat = [e for layer, n in zip(self._layers, slots_L, strict=True) for e in _padded(layer.pool.contents, n)]
+        rows_P = group.all_gather_ints(flat)
+        found, start = [], 0
+        for layer, slots in zip(self._layers, slots_L, strict=True):
+            rows = [_without_repeats(row[start : start + slots]) for row in rows_P]
+            found.append(ExpertTable.from_lists(layer.pool.spec.num_experts, rows))
+            start += slots
+        goals = [placement.repair(table) for table in found]
+        self._make_room(goals)
+        mover.tables = [table.with_slots(goal.slots) for table, goal in zip(found, goals, strict=True)]
+        mover.aim(goals)
+        mover.step(group, unlimited=True)
+        self._goals.clear()
+        self._version = self._aimed = self._last_digest = 0
+        self._choices.clear()
+        self._context = StepContext(group, self._idle_plan())
+        for index in range(len(self._layers)):
+            self._use(index)
+        self._digest_tables()
+        self.awake = True
+
+    def measure(self) -> None:
+        """Measures the group's exchanges and the experts; every rank calls it at the same time."""
+        from .measure import measure
+
+        if self.group.size == 1:
+            return
+        self._context.constants = measure(self.group, self._layers[0])
+        self._choices.clear()
+
+    def _make_room(self, goals: Sequence[ExpertTable]) -> None:
+        needed = sum(
+            (goal.slots - layer.pool.num_slots) * layer.pool.reader.nbytes
+            for layer, goal in zip(self._layers, goals, strict=True)
+            if goal.slots > layer.pool.num_slots
+        )
+        if not needed:
+            return
+        device = self.group.device
+        free = free_memory(device) / (self._seat.local_ranks if device.type == "cpu" else 1)
+        if needed > free:
+            raise MemoryError(
+                f"rank {self.group.rank} cannot take over experts of {format_size(needed)}: {format_size(free)} is free"
+                f" on {device.type}; use more ranks, or --on-rank-loss restart"
+            )
+        for layer, goal in zip(self._layers, goals, strict=True):
+            if goal.slots > layer.pool.num_slots:
+                layer.pool.grow(goal.slots)
+                layer.resized()
+
+    def _idle_plan(self) -> StepPlan:
+        dispatcher = "all_to_all" if self._config.dispatcher == "auto" else self._config.dispatcher
+        return StepPlan(
+            step=self.progress.step, tokens_P=(0,) * self.group.size, dispatcher=dispatcher, degree=1, table_digest=0
+        )
+
+    # Figures
+
+    def figures(self) -> dict[str, int]:
+        """The counters of `Stats` that are about several ranks."""
+        dispatchers = [d for layer in self._layers if layer.parallel for d in layer.parallel.dispatchers.values()]
+        return {
+            "sent_rows": sum(d.sent_rows for d in dispatchers),
+            "least_rows": sum(d.least_rows for d in dispatchers),
+            "sent_bytes": self._closed_bytes + self.group.sent_bytes,
+            "moved_bytes": self.moved_bytes,
+            "steps_all_gather": self.steps["all_gather"],
+            "steps_all_to_all": self.steps["all_to_all"],
+        }
+
+
+def check_alike(group: RankGroup, fingerprint: str, config: EngineConfig, timeout_s: float) -> None:
+    """Raises ValueError naming the first rank that has another build, checkpoint or options than the first member."""
+    options = {
+        k: v for k, v in dataclasses.asdict(config).items() if k not in ("model", "revision", "threads", "progress")
+    }
+    mine = {
+        "moeyard": __version__,
+        "torch": torch.__version__.partition("+")[0],
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "checkpoint": fingerprint,
+        "options": repr(sorted(options.items())),
+    }
+    group.put("identity", mine)
+    first, *others = group.get_all("identity", timeout_s)
+    for rank, other in zip(group.members[1:], others, strict=True):
+        for name, value in other.items():
+            if value != first[name]:
+                detail = (
+                    "" if name in ("checkpoint", "options") else f" ({value}; rank {group.members[0]}: {first[name]})"
+                )
+                raise ValueError(
+                    f"rank {rank} has another {name} than rank {group.members[0]}{detail}; all ranks need the same"
+                )
+
+
+def _padded(row: Sequence[int], length: int) -> list[int]:
+    return [*row, *[EMPTY] * (length - len(row))]
+
+
+def _without_repeats(row: Sequence[int]) -> list[int]:
+    """A swap that broke off halfway can leave an expert twice on a rank: the second does not count."""
+    seen: set[int] = set()
+    return [EMPTY if expert in seen else (seen.add(expert) or expert) for expert in row]  # type: ignore[func-returns-value]
