@@ -17,6 +17,7 @@ BENCHES = {
     "throughput": "output tokens per second, against other engines",
     "latency": "time of one batch, prefill and decode apart",
     "serve": "a running server under a stream of requests",
+    "ep": "ranks against one rank: rates, memory, bytes sent, where the time goes",
     "router": "policies that choose a rank for a request, simulated",
 }
 
@@ -93,7 +94,7 @@ def _fill_bench(parser: Parser, bench: str) -> None:
 COMMANDS = {
     "serve": (_serve, _fill_serve, "answer OpenAI-compatible requests over HTTP"),
     "generate": (_generate, _fill_generate, "continue one prompt and print the text"),
-    "bench": (_bench, _fill_benches, "measure: throughput, latency, serve"),
+    "bench": (_bench, _fill_benches, "measure: throughput, latency, serve, ep, router"),
     "plan": (_plan, _fill_plan, "show what fits in memory, before loading"),
     "doctor": (_doctor, _fill_doctor, "show devices, measured rates, libraries, and what is missing"),
 }

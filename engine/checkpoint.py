@@ -1,9 +1,8 @@
 """A checkpoint directory's safetensors files: what is in them, checked against their own headers before anything is
 read.
 
-Only headers are read when a checkpoint is opened. Data is read through memory mapping, whole tensors or slices of
-their first dimension, and at most `OPEN_FILES` files are mapped at once, so that pages of files that are done with do
-not count.
+Only headers are read when a checkpoint is opened. Data is read straight into the tensor that is returned, whole or a
+slice of the first dimension: a mapped file would count as this process's memory for as long as it is mapped.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-OPEN_FILES = 2
+OPEN_FILES = 8
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -30,7 +28,8 @@ _ITEM_BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64"), 8),
 }
-_FLOATS = {"F16", "BF16", "F32", "F64"}
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_FLOATS = set(_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,7 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    begin: int  # of its data, in bytes from the start of the file
 
 
 class Checkpoint:
@@ -84,26 +84,44 @@ class Checkpoint:
         return digest.hexdigest()
 
     def read(self, name: str) -> torch.Tensor:
-        """A stored tensor; its memory is the file's mapping, so copy what is kept."""
-        return self._file(self.entries[name].file).get_tensor(name)
+        """A stored tensor, in memory of its own."""
+        entry = self.entries[name]
+        return self._read(entry, entry.begin, entry.shape)
 
     def read_row(self, name: str, index: int) -> torch.Tensor:
         """Row `index` of the first dimension, kept as a dimension of 1, without reading the others."""
-        return self._file(self.entries[name].file).get_slice(name)[index : index + 1]
+        entry = self.entries[name]
+        row = entry.nbytes // entry.shape[0]
+        return self._read(entry, entry.begin + index * row, (1, *entry.shape[1:]))
 
     def close(self) -> None:
-        self._open.clear()
+        """Closes the files; reading opens them again."""
+        while self._open:
+            self._open.popitem()[1].close()
 
-    def _file(self, file: Path) -> Any:
-        if file not in self._open:
+    def _read(self, entry: Entry, begin: int, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=_TYPES[entry.dtype])
+        data: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        room = memoryview(data)
+        try:
+            file = self._file(entry.file)
+            file.seek(begin)
+            got = 0
+            while got < len(room) and (count := file.readinto(room[got:])):
+                got += count
+        except OSError as error:
+            raise ValueError(f"checkpoint: {entry.file.name} cannot be read: {error.strerror or error}") from error
+        if got < len(room):
+            raise ValueError(f"checkpoint: {entry.file.name} ends within tensor {entry.name}; it was cut while in use")
+        return tensor
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
             while len(self._open) >= OPEN_FILES:
-                self._open.popitem(last=False)
-            try:
-                self._open[file] = safe_open(file, framework="pt", device="cpu")
-            except Exception as error:  # SafetensorError and what the system says
-                raise ValueError(f"checkpoint: {file.name} cannot be read: {error}") from error
-        self._open.move_to_end(file)
-        return self._open[file]
+                self._open.popitem(last=False)[1].close()
+            self._open[path] = path.open("rb", buffering=0)
+        self._open.move_to_end(path)
+        return self._open[path]
 
 
 def read_header(file: Path) -> list[Entry]:
@@ -118,7 +136,7 @@ def read_header(file: Path) -> list[Entry]:
             )
         try:
             header = json.loads(stream.read(length))
-            entries = [_entry(file, name, info) for name, info in header.items() if name != "__metadata__"]
+            entries = [_entry(file, name, info, 8 + length) for name, info in header.items() if name != "__metadata__"]
             header.pop("__metadata__", None)
             places = sorted((*map(int, info["data_offsets"]), name) for name, info in header.items())
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -142,7 +160,7 @@ def read_header(file: Path) -> list[Entry]:
     return entries
 
 
-def _entry(file: Path, name: str, info: dict[str, Any]) -> Entry:
+def _entry(file: Path, name: str, info: dict[str, Any], start: int) -> Entry:
     shape = tuple(int(n) for n in info["shape"])
     begin, end = (int(n) for n in info["data_offsets"])
     if info["dtype"] not in _ITEM_BYTES:
@@ -150,7 +168,7 @@ def _entry(file: Path, name: str, info: dict[str, Any]) -> Entry:
     needed = math.prod(shape) * _ITEM_BYTES[info["dtype"]]
     if begin < 0 or end - begin != needed:
         raise ValueError(f"tensor {name} of shape {list(shape)} needs {needed} bytes, found {end - begin}")
-    return Entry(name=name, file=file, dtype=info["dtype"], shape=shape, nbytes=needed)
+    return Entry(name=name, file=file, dtype=info["dtype"], shape=shape, nbytes=needed, begin=start + begin)
 
 
 def _files_of(path: Path) -> tuple[list[Path], dict[str, Path]]:

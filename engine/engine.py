@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from ..kernels.environment import usable_cores
@@ -76,11 +77,12 @@ class Engine:
         self.vocab_size = min(int(blueprint.model.config.vocab_size), blueprint.spec.vocab_size)
         self._model = blueprint.model
         self._parallel: Parallel | None = None
+        if self.device.type == "cpu":
+            _compile_kernels(config.progress and (seat is None or seat.local_rank == 0))
+        baseline = psutil.Process().memory_info().rss
         self._experts = self._load(blueprint, seat)
-        show_progress = config.progress and (seat is None or seat.local_rank == 0)
         if self.device.type == "cpu":
             use_small_row_kernels(self._model)
-            _compile_kernels(show_progress)
             with torch.inference_mode():
                 calibrate(self._experts.layers)
         self._name = f"moeyard_{next(_NUMBERS)}"
@@ -116,6 +118,8 @@ class Engine:
             "tables": self._parallel.tables if self._parallel else None,
             "expert_nbytes": blueprint.footprint.expert,
             "dense_bytes": blueprint.footprint.dense,
+            "baseline_bytes": baseline,  # this process with all code loaded, before any weight
+            "hidden_bytes": self.spec.hidden_size * blueprint.dtype.itemsize,
             "own_expert_bytes": sum(layer.pool.nbytes for layer in self._experts.layers),
         }
         logger.info(
@@ -156,6 +160,7 @@ class Engine:
         `Parallel.join` raises.
         """
         assert self._parallel is not None
+        check_alike(group, self._fingerprint, self.config, START_TIMEOUT_S)
         self._join(group)
         return self._parallel.tables
 
@@ -212,7 +217,17 @@ class Engine:
         self._scheduler.abort(request_id)
 
     def step(self) -> list[TokenDelta]:
-        """Computes one step; what each request gained, finished requests included."""
+        """Computes one step; what each request gained, finished requests included.
+
+        Raises RankLost when another rank is gone; the step is then done again after `join`.
+        """
+        started = time.monotonic_ns()
+        try:
+            return self._step()
+        finally:
+            self.progress.step_ns += time.monotonic_ns() - started
+
+    def _step(self) -> list[TokenDelta]:
         step = self._scheduler.schedule()
         if self._parallel is not None:
             plan = self._parallel.agree(sum(step.tokens.values()), self._scheduler.has_work)
@@ -245,6 +260,8 @@ class Engine:
             generated_tokens=self._generated_tokens,
             expert_counts=[layer.counts_E.tolist() for layer in self._experts.layers] if with_experts else None,
             **(self._parallel.figures() if self._parallel else {}),
+            **{f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()},
+            step_ns=self.progress.step_ns,
         )
 
     def close(self) -> None:
@@ -258,7 +275,8 @@ class Engine:
             check_weights_fit(blueprint.footprint, self.device)
             return load(blueprint, progress=config.progress)
         group = seat.group
-        check_alike(group, blueprint.weights.checkpoint.fingerprint, config, START_TIMEOUT_S)
+        self._fingerprint = blueprint.weights.checkpoint.fingerprint
+        check_alike(group, self._fingerprint, config, START_TIMEOUT_S)
         if not blueprint.spec.experts:
             raise ValueError("ep: this model has no experts to share out; use --ep 1")
         tables = first_tables(config, [layer.num_experts for layer in blueprint.spec.experts], seat)

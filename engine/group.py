@@ -84,6 +84,8 @@ class RankGroup:
         self.timeout_s = timeout_s
         self.progress = progress
         self.sent_bytes = 0
+        self.while_waiting: Callable[[], None] = lambda: None
+        """Called every few milliseconds of a wait that may be long; raises to end it."""
         self._closed = False
         _choose_interface(host)
         host_name, _, port = address.rpartition(":")
@@ -154,6 +156,7 @@ class RankGroup:
                     absent = [self.members[i] for i, name in enumerate(names) if not self._store.check([name])]
                     text = f"no {key!r} from rank {', '.join(map(str, absent))} within {timeout_s:g} s"
                     raise RankLost(self.progress, TimeoutError(text))
+                self._run(self.while_waiting)
                 time.sleep(0.01)
             return [json.loads(value) for value in self._run(lambda: self._store.multi_get(names))]
 

@@ -268,7 +268,8 @@ class Stats:
     `expert_counts` is tokens per [MoE layer][expert] since the start, this rank's tokens alone, sent when it changed,
     else None. `sent_rows` are hidden vectors that went to other ranks' experts and `least_rows` the fewest that could
     (each token once per distinct other rank); `sent_bytes` all bytes that dispatch and combine sent; `moved_bytes`
-    those of expert weights.
+    those of expert weights. The times are what one of several ranks spent in each part of its steps
+    (`progress.PHASES`), and in steps altogether.
     """
 
     running: int = 0
@@ -288,6 +289,15 @@ class Stats:
     moved_bytes: int = 0
     steps_all_gather: int = 0
     steps_all_to_all: int = 0
+    attention_ns: int = 0
+    plan_ns: int = 0
+    dispatch_ns: int = 0
+    experts_ns: int = 0
+    combine_ns: int = 0
+    wait_ns: int = 0
+    shared_ns: int = 0
+    move_ns: int = 0
+    step_ns: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

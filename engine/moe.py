@@ -37,6 +37,7 @@ class MoELayer:
         self.local = LocalDispatcher(pool.num_slots)
         self.gate: Any = module._apply_gate if pool.spec.has_gate else module.act_fn
         self._few_rows = _few_rows_function(pool, self.gate)
+        self._compiled = self._few_rows is not None
         # Mean rows per expert up to which the compiled kernels run; `calibrate` measures it.
         self.few_rows = ROW_COUNTS[0]
         self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.up_SND.device)
@@ -75,6 +76,22 @@ class MoELayer:
     def _many_rows(self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Dispatch, one GEMM per expert or a grouped one, combine."""
         pool = self.pool
+        if self._compiled:
+            from ..kernels.grouped_linear import combine
+            from ..kernels.sort_rows import sort_rows
+
+            rows = sort_rows(slots_TK, pool.num_slots)
+            y_RD = expert_loop(
+                x_TD,
+                rows.token_R,
+                rows.counts_E,
+                pool.up_SND,
+                pool.down_SDI,
+                self.gate,
+                pool.up_bias_SN,
+                pool.down_bias_SD,
+            )
+            return combine(y_RD, rows.position_TK, weights_TK)
         if x_TD.device.type == "cpu":
             token_R, counts_S, state = self.local.route(slots_TK, weights_TK)
             y_RD = expert_loop(

@@ -134,6 +134,7 @@ class Parallel:
 
     # Steps
 
+    @torch.inference_mode()
     def agree(self, tokens: int, has_work: bool) -> StepPlan | None:
         """The plan of the next step; None when no rank has tokens. Moves experts, too, when there are some to move.
 

@@ -27,6 +27,8 @@ class Progress:
         self.phase = ""
         self.recording = recording
         self.totals_ns = dict.fromkeys(PHASES, 0)
+        self.step_ns = 0
+        """All steps, in phases or not."""
         self.spans: list[Span] = []
         self._inner_ns = 0
 

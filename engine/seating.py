@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -39,6 +40,7 @@ class Seating:
         self.progress = Progress(recording=config.trace is not None)
         self.form: Form | None = None
         self.group: Any = None
+        self.while_waiting: Callable[[], None] = lambda: None
         self.form_timeout_s = max(FORM_TIMEOUT_S, 4 * config.collective_timeout)
         self._host = host
         self._endpoint = endpoint
@@ -70,6 +72,7 @@ class Seating:
             store=self._stores.get(form.epoch),
             host=self._host,
         )
+        self.group.while_waiting = self.while_waiting
         return None
 
     def seat(self, configure: Configure) -> Seat:
@@ -103,7 +106,7 @@ class Heartbeat(threading.Thread):
         connection.setsockopt(zmq.IDENTITY, f"beat-{self._rank}".encode())
         connection.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
         connection.setsockopt(zmq.LINGER, 0)
-        set_heartbeat(connection)
+        set_heartbeat(connection, self._endpoint)
         connection.connect(self._endpoint)
         heard = last = time.monotonic()
         while True:

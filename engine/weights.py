@@ -245,9 +245,10 @@ def load_dense(weights: WeightMap, device: torch.device) -> Iterator[int]:
         tensors = {p: [checkpoint.read(n) for n in names] for p, names in recipe.sources.items()}
         for target, tensor in recipe.convert(tensors, model.config).items():
             weights.check_made(recipe, target, tuple(tensor.shape), tuple(weights.expected[target].shape))
-            # The mapping of the file must not stay alive through a parameter: always a copy.
-            kept = tensor.to(device=device, dtype=weights.dtype_of(target), copy=True)
-            _assign(model, target, kept.contiguous())
+            kept = tensor.to(device=device, dtype=weights.dtype_of(target))
+            # A part of a larger tensor would keep all of that alive.
+            whole = kept.is_contiguous() and kept.untyped_storage().nbytes() == kept.nbytes
+            _assign(model, target, kept if whole else kept.clone(memory_format=torch.contiguous_format))
             loaded.add(target)
         yield sum(checkpoint.entries[n].nbytes for n in recipe.names)
     _tie(model, loaded)

@@ -12,8 +12,14 @@ HEARTBEAT_TIMEOUT_MS = 20_000
 """A connection whose other machine is gone without a word is closed after this."""
 
 
-def set_heartbeat(connection: Any) -> None:
-    """Lets ZeroMQ notice half-open connections; no cost on a living one."""
+def set_heartbeat(connection: Any, endpoint: str) -> None:
+    """Lets ZeroMQ notice half-open connections between machines.
+
+    Not within one: there nothing is half open, and a process that was stopped for a while would lose its connection.
+    """
+    if not endpoint.startswith("tcp://"):
+        return
+    connection.setsockopt(zmq.IPV6, 1)
     connection.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_IVL_MS)
     connection.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     connection.setsockopt(zmq.TCP_KEEPALIVE, 1)

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -129,6 +130,9 @@ class Worker:
         self._rank = rank or Rank()
         self._endpoint = endpoint
         self._seating: Seating | None = None
+        self._deferred: deque[Any] = deque()
+        # Between machines a lost connection comes back by itself, but what was on it is gone: that is the end.
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) if endpoint.startswith("tcp://") else None
         self._changed = False  # since the last Stats
         self._stats_at = self._experts_at = -float("inf")
 
@@ -144,6 +148,11 @@ class Worker:
             log.debug("the engine failed", exc_info=True)
             self._fatal(f"{type(error).__name__}: {error}")
         return 1
+
+    def close(self) -> None:
+        if self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close(0)
 
     def _serve(self) -> int:
         from .. import __version__
@@ -218,15 +227,35 @@ class Worker:
         from .seating import Seating
 
         self._seating = seating = Seating(config, self._rank, host, self._endpoint)
+        seating.while_waiting = self._while_waiting
         seating.start_heartbeat()
         if not self._wait_for_group(None):
             return None
         self._send(Joined(epoch=seating.group.epoch))
         return self._factory(config, seat=seating.seat(configure))
 
+    def _while_waiting(self) -> None:
+        """In the middle of a long wait for another rank: news of yet another loss ends the wait."""
+        while self._socket.poll(0):
+            message = self._receive(0, deferred=False)
+            if isinstance(message, Shutdown):
+                log.info("told to stop while waiting for the other ranks")
+                os._exit(0)
+            if isinstance(message, Ping):
+                self._send(Pong(number=message.number))
+            elif message is not None:
+                self._deferred.append(message)
+                if isinstance(message, Wake | Form):
+                    raise RuntimeError("another rank was lost while this one waited")
+        self._check_parent()
+
     def _broken(self, engine: EngineLike, lost: Any) -> bool:
         seating = self._seating
         assert seating is not None
+        while (message := self._receive(0, deferred=False)) is not None:
+            self._deferred.append(message)
+        if any(isinstance(message, Shutdown) for message in self._deferred):
+            return False  # the others were told to end, too
         log.warning("%s", lost)
         if seating.group is not None:
             self._send(
@@ -333,8 +362,10 @@ class Worker:
             self._experts_at = now if experts else self._experts_at
             self._changed = not idle
 
-    def _receive(self, timeout_s: float) -> Any:
+    def _receive(self, timeout_s: float, deferred: bool = True) -> Any:
         """The next message, or None when there is none in time. What cannot be read is logged and dropped."""
+        if deferred and self._deferred:
+            return self._deferred.popleft()
         deadline = time.monotonic() + timeout_s
         while True:
             left_ms = max(0, int((deadline - time.monotonic()) * 1000))
@@ -368,6 +399,8 @@ class Worker:
     def _check_parent(self) -> None:
         if self._parent is not None and os.getppid() != self._parent:
             raise LostFrontEnd(f"the process that started this one ({self._parent}) is gone")
+        if self._monitor is not None and self._monitor.poll(0):
+            raise LostFrontEnd(f"the connection to the front end at {self._endpoint} was lost")
 
 
 def run(endpoint: str, factory: EngineFactory, parent: int | None = None, rank: Rank | None = None) -> int:
@@ -378,10 +411,14 @@ def run(endpoint: str, factory: EngineFactory, parent: int | None = None, rank: 
     socket.setsockopt(zmq.IDENTITY, f"rank-{rank.number}".encode())
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_BYTES)
     socket.setsockopt(zmq.LINGER, int(FATAL_LINGER_S * 1000))
-    set_heartbeat(socket)
+    set_heartbeat(socket, endpoint)
     try:
         socket.connect(endpoint)
-        return Worker(socket, factory, parent, rank, endpoint).run()
+        worker = Worker(socket, factory, parent, rank, endpoint)
+        try:
+            return worker.run()
+        finally:
+            worker.close()
     finally:
         socket.close()
         context.term()

@@ -23,7 +23,7 @@ COSTS = {
     "uvicorn": "`moeyard serve` does not start",
     "prometheus-client": "`moeyard serve` does not start",
     "llguidance": "response_format json_schema is refused",
-    "ray": "nothing yet: clusters are not supported by this version",
+    "ray": "`--launcher ray` is refused",
     "httpx": "`moeyard bench serve` does not run",
     "openai": "the demo and the client examples do not run",
 }

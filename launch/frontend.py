@@ -1,7 +1,8 @@
 """The front end: takes token ids and sampling options, gives back text as it grows.
 
-Tokenizing, detokenizing, stop strings, the bound of the queue and the life of requests are here; the model runs in
-another process (`link`). One event loop owns a front end: no method is for other threads.
+What a request may ask for, the bound of the queue, and what is known of all ranks together are here; requests in flight
+are `flight`'s, and the model runs in other processes (`group`). One event loop owns a front end: no method is for other
+threads.
 """
 
 from __future__ import annotations
@@ -12,23 +13,30 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 import threading
-import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..engine.config import EngineConfig, ServeConfig
-from ..engine.messages import Abort, MessageError, Ready, Stats, Tokens, unpack_delta
+from ..engine.messages import Placed, Ready, Spans, Stats, Tokens
 from ..engine.params import SamplingParams
 from ..engine.resolve import resolve_model
 from .admission import PrefillQueue
 from .detokenize import Vocabulary
-from .link import SILENCE_TIMEOUT_S, EngineError, EngineLink
-from .local import Launcher, LocalLauncher
+from .flight import Flights
+from .group import SILENCE_TIMEOUT_S, EngineError, EngineGroup
+from .limits import checked
+from .local import Launcher
 from .outputs import RequestOutput
+from .placing import Placements
+from .recorded import SAVE_S, RecordedLoads
 from .sequences import Observer, Output, Request, RequestError, SilentObserver, split
+from .start import choose_launcher, find_place
 from .tokenizer import end_token_ids, load_tokenizer, sampling_defaults
+from .totals import Totals
+from .trace import TraceWriter
 
 __all__ = ["EngineError", "FrontEnd", "Observer", "RequestError"]
 
@@ -39,11 +47,12 @@ log = logging.getLogger("moeyard.frontend")
 
 
 class FrontEnd:
-    """Starts an engine and serves requests with it.
+    """Starts an engine, of one rank or several, and serves requests with it.
 
-    `tokenizer` replaces the checkpoint's, `launcher` the process on this machine. `ready` has the engine's limits, None
-    until it is loaded; `stats` is its last report; `model_path` is the checkpoint's directory; `tokenizer` is None when
-    the checkpoint has none (then only token ids go in and no text comes out).
+    `tokenizer` replaces the checkpoint's, `launcher` what the options and the environment say. `ready` has the engine's
+    limits (the smallest of its ranks), None until it is loaded; `stats` adds the ranks' last reports up; `model_path`
+    is the checkpoint's directory; `tokenizer` is None when the checkpoint has none (then only token ids go in and no
+    text comes out).
     """
 
     def __init__(
@@ -55,25 +64,31 @@ class FrontEnd:
         observer: Observer | None = None,
         silence_timeout: float = SILENCE_TIMEOUT_S,
     ) -> None:
-        self.config = config
+        if launcher is None:
+            launcher, ep = choose_launcher(config, os.environ), find_place(config, os.environ).ep
+        else:
+            ep = config.ep or len(launcher.ranks)
+        self.config = dataclasses.replace(config, ep=ep)
         self.tokenizer = tokenizer
-        self.observer: Observer = observer or SilentObserver()
         self.draining = False
         self.ready: Ready | None = None
         self.stats = Stats()
         served = config.served_model_name if isinstance(config, ServeConfig) else None
         self.model_name = served or config.model or "reference_model"
         self.model_path = ""
-        self._link = EngineLink(launcher or LocalLauncher(), self._take, self._fail_all, silence_timeout)
+        self._group = EngineGroup(launcher, self._take, self._lose, self._join, self._fail_all, silence_timeout)
+        self._queue = PrefillQueue(config.max_queued_tokens if isinstance(config, ServeConfig) else None)
+        self._flights = Flights(self._group, self._queue, observer or SilentObserver())
+        self.placements = Placements(self._group)
+        self._totals = Totals()
+        self._recorded: RecordedLoads | None = None
+        self._recording: asyncio.Task[None] | None = None
+        self._saving: asyncio.Task[None] | None = None
+        self._trace: TraceWriter | None = None
         self._vocabulary = Vocabulary(None)
         self._end_ids: frozenset[int] = frozenset()
         self._defaults: dict[str, Any] = {}
-        self._queue = PrefillQueue(config.max_queued_tokens if isinstance(config, ServeConfig) else None)
-        self._requests: set[Request] = set()
-        self._outputs: dict[str, tuple[Request, Output]] = {}
         self._serial = itertools.count()
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     # Life
 
@@ -93,9 +108,17 @@ class FrontEnd:
         engine_config = dataclasses.replace(engine_config, model=str(path), revision=None)
         timeout = config.start_timeout if isinstance(config, ServeConfig) else START_TIMEOUT_S
         try:
-            ready, self.tokenizer = await asyncio.gather(
-                self._link.start(engine_config, timeout), asyncio.to_thread(self._load_tokenizer, path)
+            if config.placement is not None:
+                self._recorded = RecordedLoads(config.placement, self.model_name)
+            if config.trace is not None:
+                self._trace = TraceWriter(config.trace)
+            loads = self._recorded.earlier if self._recorded is not None else None
+            ranks, self.tokenizer = await asyncio.gather(
+                self._group.start(engine_config, timeout, loads), asyncio.to_thread(self._load_tokenizer, path)
             )
+            ready = _together(ranks)
+            if self._recorded is not None and (experts := self.placements.experts):
+                self._recorded.check_shape(experts)
             self._end_ids = end_token_ids(path, self.tokenizer)
         except BaseException:
             await self.close()
@@ -103,6 +126,10 @@ class FrontEnd:
         self._vocabulary = Vocabulary(self.tokenizer)
         if self.tokenizer is None:
             log.warning("%s has no tokenizer: only token ids go in, and no text comes out", path)
+        self._flights.open(config, self._group.members, ready.kv_tokens)
+        self._report()
+        if self._recorded is not None:
+            self._recording = asyncio.create_task(self._record(), name="recorded loads")
         self.ready = ready
 
     async def close(self, drain: float = 0.0) -> None:
@@ -110,22 +137,67 @@ class FrontEnd:
         self.draining = True
         if self.alive and drain > 0:
             try:
-                await asyncio.wait_for(self._idle.wait(), drain)
+                await asyncio.wait_for(self._flights.idle.wait(), drain)
             except TimeoutError:
-                log.warning("%d requests did not finish within %g s", len(self._requests), drain)
-        for request in list(self._requests):
-            request.fail(_shutting_down())
-        await self._link.close()
+                log.warning("%d requests did not finish within %g s", len(self._flights.requests), drain)
+        self._flights.fail_all(_shutting_down())
+        self._flights.close()
+        if self._recording is not None:
+            self._recording.cancel()
+            await asyncio.gather(self._recording, return_exceptions=True)
+            self._recording = None
+        await self._group.close()
+        if self._recorded is not None:
+            await asyncio.to_thread(self._save_loads)
+        if self._trace is not None:
+            self._trace.close()
+
+    @property
+    def observer(self) -> Observer:
+        return self._flights.observer
+
+    @observer.setter
+    def observer(self, observer: Observer) -> None:
+        self._flights.observer = observer
 
     @property
     def alive(self) -> bool:
         """Whether the engine is loaded and can be used."""
-        return self.ready is not None and not self._link.dead_reason
+        return self.ready is not None and not self._group.dead_reason
 
     @property
     def dead_reason(self) -> str:
         """Why the engine can no longer be used; "" while it can, and while it loads."""
-        return self._link.dead_reason
+        return self._group.dead_reason
+
+    @property
+    def recovering(self) -> bool:
+        """Whether a rank was lost and the others, or its successor, do not serve yet; requests wait meanwhile."""
+        return self.alive and self._group.state == "recovering"
+
+    @property
+    def trouble(self) -> str:
+        """What happened to ranks lately, for people; "" when nothing did."""
+        return self._group.trouble
+
+    def rank_states(self) -> dict[int, str]:
+        """Each rank's state, for people: `ok`, `loading`, `recovering` or `lost: ...`."""
+        lost, members = self._group.lost, self._group.members
+        waiting = "loading" if self.ready is None else "recovering"
+        return {
+            rank: f"lost: {lost[rank]}" if rank in lost else "ok" if self.ready and rank in members else waiting
+            for rank in range(self.config.ep or 1)
+        }
+
+    @property
+    def rank_stats(self) -> dict[int, Stats]:
+        """The last report of each rank that is not lost."""
+        return dict(self._totals.ranks)
+
+    @property
+    def rank_info(self) -> dict[int, dict[str, Any]]:
+        """What each rank said of itself when it was loaded: sizes, device, where its experts were."""
+        return {rank: ready.info for rank, ready in self._group.ready.items()}
 
     @property
     def max_model_len(self) -> int:
@@ -168,19 +240,7 @@ class FrontEnd:
             raise _shutting_down()
         if self.dead_reason:
             raise RequestError(f"the engine is dead: {self.dead_reason}", status=503, code="engine_dead")
-        vocab_size = self._limits().vocab_size
-        if not prompt_ids:
-            raise RequestError("the prompt is empty; it needs at least one token", param="prompt")
-        if set(map(type, prompt_ids)) != {int} or min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
-            raise RequestError(f"prompt: token ids are integers from 0 to {vocab_size - 1}", param="prompt")
-        if params.json_schema is not None and self.tokenizer is None:
-            raise RequestError(
-                "this checkpoint has no tokenizer: a JSON schema cannot be followed", param="response_format"
-            )
-        if params.stop and self.tokenizer is None:
-            raise RequestError("this checkpoint has no tokenizer: stop strings cannot be found", param="stop")
-        params = self._fit(len(prompt_ids), params)
-        return params
+        return checked(prompt_ids, params, self._limits(), has_tokenizer=self.tokenizer is not None)
 
     async def generate(
         self,
@@ -206,11 +266,10 @@ class FrontEnd:
             for i, submit in enumerate(split(next(self._serial), request_id, prompt_ids, params, cache_salt))
         ]
         request = Request(request_id, prompt, prompt_ids, outputs)
-        self._add(request)
+        self._flights.add(request)
         try:
-            self._submit(request)
             while True:
-                await request.changed.wait()  # the link's watch ends this when the engine does not answer
+                await request.changed.wait()  # the group's watch ends this when the engine does not answer
                 request.changed.clear()
                 if request.error is not None:
                     raise request.error
@@ -218,132 +277,83 @@ class FrontEnd:
                 if request.result.finished:
                     return
         finally:
-            self._remove(request)
+            self._flights.remove(request)
 
-    def _fit(self, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        """Checks the lengths against the model's limit and the KV cache."""
-        limits, code = self._limits(), "context_length_exceeded"
-        room, name = limits.max_model_len, "max_model_len"
-        if limits.kv_tokens < room:
-            room, name = limits.kv_tokens, "what the KV cache holds"
-        if prompt_tokens > room - 1:
-            raise RequestError(
-                f"the prompt has {prompt_tokens} tokens; at most {room - 1} leave room for one output token"
-                f" within {room} ({name})",
-                param="prompt",
-                code=code,
-            )
-        max_tokens = room - prompt_tokens if params.max_tokens is None else params.max_tokens
-        if prompt_tokens + max_tokens > room:
-            raise RequestError(
-                f"the prompt's {prompt_tokens} tokens and max_tokens {max_tokens} are {prompt_tokens + max_tokens};"
-                f" the limit is {room} ({name})",
-                param="max_tokens",
-                code=code,
-            )
-        try:
-            return dataclasses.replace(params, max_tokens=max_tokens)
-        except ValueError as error:
-            raise RequestError(str(error), param="min_tokens") from error
+    # Placement of experts
+
+    @property
+    def loads(self) -> list[list[int]] | None:
+        """Tokens of each [layer][expert] so far, with the recorded share of earlier runs; None before the first."""
+        counts = self.stats.expert_counts
+        return counts if self._recorded is None else self._recorded.loads(counts)
+
+    def place(
+        self,
+        *,
+        planner: str | None = None,
+        max_moves: int | None = None,
+        layers: Sequence[int] | None = None,
+        rows: Sequence[Sequence[Sequence[int]]] | None = None,
+    ) -> tuple[int, int]:
+        """Begins to move the experts, as `Placements.new_tables` understands these; the placement's version, and how
+        many slots get another expert. Raises RequestError."""
+        self._limits()
+        new = self.placements.new_tables(self.loads, planner=planner, max_moves=max_moves, layers=layers, rows=rows)
+        return self.placements.begin(new)
+
+    async def _record(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_S)
+            await asyncio.to_thread(self._save_loads)
+
+    def _save_loads(self) -> None:
+        assert self._recorded is not None
+        stats = self.stats
+        self._recorded.save(stats.expert_counts, stats.prompt_tokens + stats.generated_tokens)
 
     def _limits(self) -> Ready:
         if self.ready is None:
             raise RequestError("the model is still loading", status=503, code="loading", retry_after=1)
         return self.ready
 
-    def _add(self, request: Request) -> None:
-        self._requests.add(request)
-        self._idle.clear()
-        for output in request.outputs:
-            self._outputs[output.submit.request_id] = request, output
-            self._queue.enter(len(output.submit.prompt_ids), request.started)
+    # What the ranks say
 
-    def _submit(self, request: Request) -> None:
-        self.observer.on_submitted(len(request.result.prompt_token_ids))
-        try:
-            for output in request.outputs:
-                self._link.send(output.submit)
-        except MessageError as error:  # longer than a message may be, or text that is not Unicode
-            request.fail(RequestError(str(error)))
-
-    def _remove(self, request: Request) -> None:
-        """The end of a request, however it came; what the rank still works on is aborted."""
-        running = [output for output in request.outputs if output.submit.request_id in self._outputs]
-        for output in running:
-            self._forget(output)
-        if running:
-            self._link.send(Abort(request_ids=[output.submit.request_id for output in running]))
-        self._requests.discard(request)
-        if not self._requests:
-            self._idle.set()
-        result = request.result
-        self.observer.on_finished(
-            request.reason,
-            time.monotonic() - request.started,
-            len(result.prompt_token_ids),
-            sum(len(output.token_ids) for output in result.outputs),
-        )
-
-    def _forget(self, output: Output) -> None:
-        del self._outputs[output.submit.request_id]
-        if output.waiting:
-            output.waiting = False
-            self._queue.leave(len(output.submit.prompt_ids), time.monotonic(), prefilled=False)
-
-    # What the engine says
-
-    def _take(self, message: Any) -> None:
+    def _take(self, rank: int, message: Any) -> None:
         if isinstance(message, Tokens):
-            for values in message.deltas:
-                self._take_delta(unpack_delta(values))
+            self._flights.take(rank, message)
         elif isinstance(message, Stats):
-            counts = self.stats.expert_counts if message.expert_counts is None else message.expert_counts
-            self.stats = dataclasses.replace(message, expert_counts=counts)
-            self.observer.on_stats(self.stats)
+            self._totals.take(rank, message)
+            self._report()
+        elif isinstance(message, Placed):
+            self.placements.take(message)
+            if self._recorded is not None:
+                self._saving = asyncio.create_task(asyncio.to_thread(self._save_loads), name="recorded loads, once")
+        elif isinstance(message, Spans):
+            if self._trace is not None:
+                self._trace.add(rank, message.spans, self._group.clock_offset_ns.get(rank, 0))
         else:
             log.error("dropped a %s, which a front end does not take", type(message).__name__)
 
-    def _take_delta(self, delta: Any) -> None:
-        found = self._outputs.get(delta.request_id)
-        if found is None:
-            return  # aborted while this was on the way
-        request, output = found
-        now = time.monotonic()
-        if delta.finish_reason in ("refused", "error"):
-            self._forget(output)
-            status = 400 if delta.finish_reason == "refused" else 500
-            request.fail(RequestError(delta.error or "the engine failed on this request", status=status))
-            return
-        if delta.token_ids:
-            self._observe(request, output, delta, now)
-        try:
-            output.apply(delta)
-        except Exception as error:  # a tokenizer that fails on an id; the other requests are well
-            log.exception("the text of %s could not be made", delta.request_id)
-            request.fail(RequestError(f"detokenizing failed: {type(error).__name__}: {error}", status=500))
-            return
-        if output.finished:
-            self._forget(output)
-            if not delta.finish_reason:  # a stop string: the rank does not know it
-                self._link.send(Abort(request_ids=[delta.request_id]))
-        request.update()
+    def _report(self) -> None:
+        total = self._totals.total
+        self.stats = dataclasses.replace(total, waiting=total.waiting + self._flights.waiting)
+        self.observer.on_stats(self.stats)
+        self.observer.on_ranks({rank: self._totals.ranks.get(rank, Stats()) for rank in self._group.members})
+        self.observer.on_tables(self.placements.tables)
 
-    def _observe(self, request: Request, output: Output, delta: Any, now: float) -> None:
-        if output.waiting:
-            output.waiting = False
-            self._queue.leave(len(output.submit.prompt_ids), now, prefilled=True)
-            if not request.first_token_seen:
-                request.first_token_seen = True
-                request.result.num_cached_tokens = delta.cached_tokens
-                ttft = now - request.started
-                self.observer.on_first_token(delta.queue_s, delta.prefill_s, ttft, delta.cached_tokens)
-        else:
-            self.observer.on_token(now - output.updated, len(delta.token_ids))
-        output.updated = now
+    def _lose(self, rank: int) -> None:
+        self.observer.on_rank_lost(rank)
+        self._totals.lose(rank)
+        self.placements.forget()
+        self._flights.lose(rank)
+        self._report()
+
+    def _join(self, rank: int) -> None:
+        self._flights.join(rank)
+        self._report()
 
     def _fail_all(self, reason: str) -> None:
-        for request in list(self._requests):
-            request.fail(RequestError(reason, status=500, code="engine_dead"))
+        self._flights.fail_all(RequestError(reason, status=500, code="engine_dead"))
 
     def _load_tokenizer(self, path: Path) -> Any:
         if self.tokenizer is not None:
@@ -374,3 +384,14 @@ async def _in_daemon_thread(function: Callable[[], Path]) -> Path:
 
 def _shutting_down() -> RequestError:
     return RequestError("the server is shutting down", status=503, code="shutting_down")
+
+
+def _together(ranks: Mapping[int, Ready]) -> Ready:
+    """What all ranks can serve, and the first one's information."""
+    all_of = list(ranks.values())
+    return dataclasses.replace(
+        all_of[0],
+        max_model_len=min(ready.max_model_len for ready in all_of),
+        vocab_size=min(ready.vocab_size for ready in all_of),
+        kv_tokens=min(ready.kv_tokens for ready in all_of),
+    )

@@ -1,17 +1,19 @@
 """Prometheus metrics, under vLLM's names with our prefix, and expert load per layer.
 
-`Metrics` is the front end's observer. Request latencies are observed as they happen; what the rank counts comes as
-`Stats` and becomes Prometheus counters by difference.
+`Metrics` is the front end's observer. Request latencies are observed as they happen; what the ranks count comes as
+`Stats` (all ranks together) and becomes Prometheus counters by difference. `moeyard:rank_*` are gauges of single ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..engine.messages import Stats
+from ..scheduler.placement import imbalance
+from ..scheduler.table import ExpertTable
 
 PREFIX = "moeyard:"
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
@@ -24,6 +26,10 @@ _COUNTERS = (
     ("prefix_queried_tokens", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     ("prefix_hit_tokens", "prefix_cache_hits", "Prompt tokens found in the prefix cache."),
     ("preemptions", "num_preemptions", "Requests that lost their KV blocks and will be computed again."),
+    ("sent_rows", "moe_sent_rows", "Hidden vectors that went to experts of other ranks."),
+    ("least_rows", "moe_least_rows", "The fewest that could: each token once for each other rank with its experts."),
+    ("sent_bytes", "moe_sent_bytes", "Bytes that dispatch to experts and combine sent between ranks."),
+    ("moved_bytes", "moe_expert_bytes_moved", "Bytes of expert weights that were copied or read for a new placement."),
 )
 
 
@@ -62,12 +68,24 @@ def expert_load(counts: Sequence[Sequence[int]]) -> list[ExpertLoad]:
     return loads
 
 
+def rank_imbalance(tables: Sequence[ExpertTable], counts: Sequence[Sequence[int]]) -> float:
+    """Busiest rank over mean rank, by tokens of their experts: the mean over the layers that have seen a token.
+
+    1.0 when none has, or when no tables are known (one rank).
+    """
+    if len(tables) != len(counts):
+        return 1.0
+    layers = [imbalance(table, row) for table, row in zip(tables, counts, strict=True) if any(row)]
+    return sum(layers) / len(layers) if layers else 1.0
+
+
 class Metrics:
     """Implements the front end's observer; `render` gives the text that Prometheus scrapes."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.expert_counts: list[list[int]] = []
+        self._tables: Sequence[ExpertTable] = ()
         self._seen = Stats()
         self._running = self._gauge("num_requests_running", "Requests in the engine's current steps.")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting for their first step.")
@@ -89,6 +107,23 @@ class Metrics:
         self._top = self._gauge(
             "moe_expert_top_share", "Share of the layer's (token, expert) pairs on its busiest expert.", "layer"
         )
+        self._imbalance = self._gauge(
+            "moe_rank_load_imbalance",
+            "Tokens of the busiest rank's experts over the mean rank's, mean over layers; 1 is even. From all tokens"
+            " since the start and where the experts are now.",
+        )
+        self._imbalance.set(1)
+        self._ranks = self._gauge("ranks", "Ranks that serve now.")
+        self._losses = self._counter("rank_losses", "Ranks that were lost: ended, killed or stalled.")
+        self._of_rank = [
+            (self._gauge(f"rank_{metric}", f"{text} Of one rank.", "rank"), value)
+            for metric, text, value in (
+                ("num_requests_running", "Requests in the current steps.", lambda stats: stats.running),
+                ("num_requests_waiting", "Requests waiting for their first step.", lambda stats: stats.waiting),
+                ("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", _kv_usage),
+            )
+        ]
+        self._ranks_seen: set[int] = set()
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(PREFIX + name, text, labels, registry=self.registry)
@@ -100,6 +135,7 @@ class Metrics:
         return Histogram(PREFIX + name, text, registry=self.registry, buckets=buckets)
 
     def render(self) -> bytes:
+        self._imbalance.set(rank_imbalance(self._tables, self.expert_counts))
         return generate_latest(self.registry)
 
     # The front end's observer
@@ -125,7 +161,7 @@ class Metrics:
     def on_stats(self, stats: Stats) -> None:
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
-        self._kv_usage.set(stats.kv_blocks_used / max(1, stats.kv_blocks_total))
+        self._kv_usage.set(_kv_usage(stats))
         for name, counter in self._counters:
             total, before = getattr(stats, name), getattr(self._seen, name)
             # A total that went down belongs to a rank that started again: all of it is new.
@@ -136,3 +172,20 @@ class Metrics:
             for load in expert_load(stats.expert_counts):
                 self._balance.labels(str(load.layer)).set(load.balancedness)
                 self._top.labels(str(load.layer)).set(load.top_share)
+
+    def on_ranks(self, ranks: Mapping[int, Stats]) -> None:
+        self._ranks.set(len(ranks))
+        self._ranks_seen |= ranks.keys()
+        for rank in self._ranks_seen:  # those of a lost rank are 0: it holds nothing
+            for gauge, value in self._of_rank:
+                gauge.labels(str(rank)).set(value(ranks.get(rank, Stats())))
+
+    def on_rank_lost(self, rank: int) -> None:
+        self._losses.inc()
+
+    def on_tables(self, tables: Sequence[ExpertTable]) -> None:
+        self._tables = tables
+
+
+def _kv_usage(stats: Stats) -> float:
+    return stats.kv_blocks_used / max(1, stats.kv_blocks_total)

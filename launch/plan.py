@@ -1,6 +1,7 @@
 """`moeyard plan`: what a checkpoint takes and what fits, from its headers alone, before anything is loaded.
 
-A Hub id is downloaded first, as `serve` would.
+With `--ep N` the memory is that of each of N ranks: all dense weights, its share of the experts, its own KV cache. A
+Hub id is downloaded first, as `serve` would.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import psutil
 
 from ..engine.config import EngineConfig, format_size
+from ..scheduler.placement import slots_needed
 
 
 def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
@@ -21,21 +23,28 @@ def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
     path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
     blueprint: Blueprint = draw(config, path)
     size = blueprint.footprint
-    free = free_memory(blueprint.device)
-    left = free - size.weights
-    where = "GPU" if blueprint.device.type == "cuda" else "RAM"
+    ranks, on_cpu = config.ep or 1, blueprint.device.type == "cpu"
+    experts, note = size.experts, f"{size.num_experts} experts"
+    if ranks > 1:
+        layers = [
+            (slots_needed(spec.num_experts, ranks, config.redundant_experts), blueprint.weights.reader(spec).nbytes)
+            for spec in blueprint.spec.experts
+        ]
+        experts, slots = sum(slots * nbytes for slots, nbytes in layers), sum(slots for slots, _ in layers)
+        note = f"room for {slots} of {size.num_experts} experts"
+    free = free_memory(blueprint.device) / (ranks if on_cpu else 1)  # ranks on one machine share its RAM
+    left = free - size.dense - experts
+    where = "RAM" if on_cpu else "GPU"
+    total = f"of {format_size(_total(blueprint.device.type))}"
 
     rows = [
         ("dense weights", size.dense, ""),
-        (
-            "expert weights",
-            size.experts,
-            f"{size.num_experts} experts in {len(blueprint.spec.experts)} layers, {format_size(size.expert)} each",
-        ),
-        (f"free {where}", free, f"of {format_size(_total(blueprint.device.type))}"),
+        ("expert weights", experts, f"{note} in {len(blueprint.spec.experts)} layers, {format_size(size.expert)} each"),
+        (f"free {where}", free, f"{total}, for {ranks} ranks on this machine" if on_cpu and ranks > 1 else total),
         ("left for KV cache", max(left, 0), f"{format_size(size.kv_per_token)} per token"),
     ]
-    print(f"{blueprint.spec.architecture} in {str(blueprint.dtype).removeprefix('torch.')} on {blueprint.device.type}")
+    kind = f"{blueprint.spec.architecture} in {str(blueprint.dtype).removeprefix('torch.')}"
+    print(f"{kind} on {blueprint.device.type}" + (f", for each of {ranks} ranks" if ranks > 1 else ""))
     for name, value, note in rows:
         print(f"  {name:<20}{format_size(value):>10}  {note}".rstrip())
     if left <= 0:
@@ -50,6 +59,7 @@ def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
     print(
         f"  {'KV cache':<20}{format_size(tokens * size.kv_per_token):>10}  {tokens} tokens:"
         f" {tokens // blueprint.max_model_len} requests of {blueprint.max_model_len} tokens at once"
+        f"{' on each rank' if ranks > 1 else ''}"
     )
     return 0
 

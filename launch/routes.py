@@ -15,6 +15,7 @@ from starlette.responses import Response
 from .. import __version__
 from ..engine.params import SamplingParams
 from . import answers
+from .admin import Admin
 from .chat import decode, encode, render
 from .errors import JSON
 from .frontend import FrontEnd, RequestError
@@ -50,6 +51,7 @@ class Routes:
         app.add_api_route("/version", self.version, **get)
         app.add_api_route("/metrics", self.prometheus, **get)
         app.add_api_route("/moe/experts", self.experts, **get)
+        Admin(self.frontend, self._check_ready).add_to(app)
 
     # State of the engine
 
@@ -70,13 +72,19 @@ class Routes:
             raise RequestError(message, status=503, code="loading", retry_after=RETRY_S)
 
     async def health(self) -> Response:
-        """200 while the engine is alive, also while it loads."""
+        """200 while the engine is alive, also while it loads or goes on without a rank that was lost."""
         self._check_alive()
-        return JSON({"status": "loading" if self.frontend.ready is None else "ok"})
+        frontend = self.frontend
+        status = "loading" if frontend.ready is None else "recovering" if frontend.recovering else "ok"
+        ranks = {str(rank): state for rank, state in frontend.rank_states().items()}
+        return JSON({"status": status, "ranks": ranks, "trouble": frontend.trouble})
 
     async def ready(self) -> Response:
-        """200 once requests are taken."""
+        """200 once requests are taken, and served at once."""
         self._check_ready()
+        if self.frontend.recovering:
+            message = f"{self.frontend.trouble}; requests wait until it is over"
+            raise RequestError(message, status=503, code="recovering", retry_after=RETRY_S)
         return JSON({"status": "ok"})
 
     async def version(self) -> Response:

@@ -6,11 +6,12 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..engine.messages import Stats, Submit, TokenDelta
 from ..engine.params import SamplingParams
+from ..scheduler.table import ExpertTable
 from .detokenize import Detokenizer, Vocabulary
 from .outputs import CompletionOutput, RequestOutput, TokenLogprob
 
@@ -58,7 +59,16 @@ class Observer(Protocol):
         """A request ended: `stop`, `length`, `abort` (its caller went away) or `error`."""
 
     def on_stats(self, stats: Stats) -> None:
-        """A rank's state, with the newest expert counts."""
+        """The state of all ranks together, with the newest expert counts."""
+
+    def on_ranks(self, ranks: Mapping[int, Stats]) -> None:
+        """The ranks that serve now, each with its own last report."""
+
+    def on_rank_lost(self, rank: int) -> None:
+        """A rank was lost, for good or until it is started again."""
+
+    def on_tables(self, tables: Sequence[ExpertTable]) -> None:
+        """Where the experts of each MoE layer are from now on."""
 
 
 class SilentObserver:
@@ -69,6 +79,9 @@ class SilentObserver:
     def on_token(self, *_: Any) -> None: ...
     def on_finished(self, *_: Any) -> None: ...
     def on_stats(self, *_: Any) -> None: ...
+    def on_ranks(self, *_: Any) -> None: ...
+    def on_rank_lost(self, *_: Any) -> None: ...
+    def on_tables(self, *_: Any) -> None: ...
 
 
 class Output:
@@ -85,6 +98,9 @@ class Output:
         self.submit = submit
         self.result = CompletionOutput(index=index, logprobs=None if params.logprobs is None else [])
         self.waiting = True  # no token yet
+        self.rank: int | None = None  # that has it now
+        self.computing = False  # that rank has given a token
+        self.losses = 0  # of ranks, since the last token
         self.updated = 0.0  # when the last tokens came
         self._params = params
         self._vocabulary = vocabulary
@@ -100,6 +116,17 @@ class Output:
     @property
     def finished(self) -> bool:
         return self.result.finish_reason is not None
+
+    def to_send(self) -> Submit:
+        """What a rank gets now: after the loss of another one, with the tokens that this one had given."""
+        if not self.result.token_ids:
+            return self.submit
+        return dataclasses.replace(self.submit, output_ids=list(self.result.token_ids))
+
+    def lost(self) -> None:
+        """The rank that had it is gone."""
+        self.rank, self.computing = None, False
+        self.losses += 1
 
     def apply(self, delta: TokenDelta) -> None:
         """Adds what a step gave. After a stop string `finished` is set although the rank goes on."""

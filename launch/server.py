@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import signal
 import socket
 import sys
@@ -18,12 +20,15 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..engine.config import ServeConfig
+from . import node
+from .admin import FIELDS
 from .errors import JSON, ErrorBody, body_error, error_response
 from .frontend import FrontEnd, RequestError
 from .metrics import Metrics
 from .middleware import Gate
 from .protocol import KNOWN_FIELDS
 from .routes import Routes
+from .start import find_place
 
 WATCH_S = 1.0  # how often a running server looks whether its engine still lives
 FLUSH_S = 5  # what open connections get to send their last bytes, once the engine has closed
@@ -55,7 +60,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return error_response(body_error(error.errors(), request, KNOWN_FIELDS))
+        return error_response(body_error(error.errors(), request, {**KNOWN_FIELDS, **FIELDS}))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -70,10 +75,15 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def run(config: ServeConfig) -> int:
-    """Serves until SIGTERM or SIGINT; the exit code.
+    """Serves until SIGTERM or SIGINT; the exit code. On a node that is not the leader's: runs this node's ranks.
 
-    0 after a signal, 2 when the user's input is at fault (address, options, checkpoint), 1 when the engine is.
+    0 after a signal, 2 when the user's input is at fault (address, options, checkpoint), 1 when the engine is. Raises
+    ValueError for an environment that contradicts itself or the options.
     """
+    place = find_place(config, os.environ)
+    if not place.leader:
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+        return node.run(place, config.start_timeout)
     try:
         listener = _listen(config.host, config.port)
     except OSError as error:
@@ -132,7 +142,7 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> int:
             raise error
         code = _fail(str(error) or type(error).__name__, 2 if isinstance(error, ValueError) else 1)
     elif starting.done():
-        print(_welcome(config, frontend.model_name, listener), flush=True)
+        print(_welcome(config, frontend.model_name, listener, len(frontend.rank_states())), flush=True)
         await _watch(frontend, {http, stopping})
     starting.cancel()
     await _close(frontend, config.drain_timeout if starting.done() else 0.0, stop_now)
@@ -168,14 +178,15 @@ async def _close(frontend: FrontEnd, drain: float, stop_now: asyncio.Event) -> N
         closing.result()
 
 
-def _welcome(config: ServeConfig, model: str, listener: socket.socket) -> str:
+def _welcome(config: ServeConfig, model: str, listener: socket.socket, ranks: int = 1) -> str:
     """Where the server is, and a command to try it that can be pasted."""
     port = listener.getsockname()[1]
     local = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
     key = ' -H "Authorization: Bearer $MOEYARD_API_KEY"' if config.api_key else ""
     body = '{"prompt": "def main(", "max_tokens": 32}'
+    on = f" on {ranks} ranks" if ranks > 1 else ""
     return (
-        f"moeyard {__version__} serves {model} at {url}\n"
+        f"moeyard {__version__} serves {model}{on} at {url}\n"
         f"try: curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"
     )

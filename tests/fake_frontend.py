@@ -18,6 +18,7 @@ from moeyard.engine.messages import Ready, Stats
 from moeyard.engine.resolve import resolve_model
 from moeyard.launch.frontend import RequestError
 from moeyard.launch.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from moeyard.launch.placing import Placements
 from moeyard.launch.server import build_app
 
 MAX_MODEL_LEN = 512
@@ -27,6 +28,12 @@ VOCAB_SIZE = 4096
 @functools.cache
 def tokenizer():
     return AutoTokenizer.from_pretrained(resolve_model(""))
+
+
+class OneRank:
+    """A group between whose ranks nothing can move."""
+
+    members, state, tables = (0,), "serving", None
 
 
 class FakeFrontEnd:
@@ -39,6 +46,11 @@ class FakeFrontEnd:
         self.stats = Stats()
         self.alive = True
         self.dead_reason = ""
+        self.recovering = False
+        self.trouble = ""
+        self.lost = {}  # rank -> reason
+        self.loads = None
+        self.placements = Placements(OneRank())
         self.draining = False
         self.observer: Any = None
         self.defaults = defaults or {}
@@ -57,6 +69,12 @@ class FakeFrontEnd:
 
     def default_params(self):
         return dict(self.defaults)
+
+    def rank_states(self):
+        return {0: "loading" if self.ready is None else "ok"} | {r: f"lost: {why}" for r, why in self.lost.items()}
+
+    def place(self, **options):
+        return self.placements.begin(self.placements.new_tables(self.loads, **options))
 
     async def start(self):
         pass

@@ -17,7 +17,7 @@ from moeyard.engine.config import EngineConfig, ServeConfig
 from moeyard.engine.messages import MAX_BYTES
 from moeyard.engine.params import SamplingParams
 from moeyard.engine.resolve import EMBEDDED
-from moeyard.launch import link
+from moeyard.launch import group
 from moeyard.launch.admission import MAX_RETRY_AFTER_S, PrefillQueue
 from moeyard.launch.frontend import EngineError, FrontEnd, RequestError
 from moeyard.launch.local import LocalLauncher
@@ -95,7 +95,7 @@ async def running(tmp_path, config=None, **env):
         yield it
     finally:
         await it.frontend.close()
-        assert it.launcher.poll() is not None
+        assert it.launcher.ended()
 
 
 def in_loop(test):
@@ -302,9 +302,9 @@ async def test_an_engine_that_is_killed(tmp_path):
 
 @in_loop
 async def test_an_engine_that_hangs(tmp_path, monkeypatch):
-    monkeypatch.setattr(link, "TICK_S", 0.05)
-    monkeypatch.setattr(link, "PING_INTERVAL_S", 0.1)
-    monkeypatch.setattr(link, "SHUTDOWN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(group, "TICK_S", 0.05)
+    monkeypatch.setattr(group, "PING_INTERVAL_S", 0.1)
+    monkeypatch.setattr(group, "SHUTDOWN_TIMEOUT_S", 0.1)
     it = Running(tmp_path, None)
     it.frontend = FrontEnd(EngineConfig(), tokenizer=tokenizer(), launcher=it.launcher, silence_timeout=2.0)
     await it.frontend.start()
@@ -313,7 +313,7 @@ async def test_an_engine_that_hangs(tmp_path, monkeypatch):
     with pytest.raises(RequestError, match="has not answered for 2 s"):
         await it.run([Command.HANG])
     await it.frontend.close()
-    assert it.launcher.poll() is not None
+    assert it.launcher.ended()
 
 
 # Limits
@@ -416,7 +416,7 @@ async def test_drain_lets_running_requests_finish(tmp_path):
         assert caught.value.status == 503
         assert len((await task).outputs[0].token_ids) == 8
         await closing
-        assert it.launcher.poll() == "exit code 0"
+        assert it.launcher.ended() == {0: "exit code 0"}
 
 
 @in_loop
@@ -439,7 +439,7 @@ async def test_drain_is_bounded(tmp_path):
     ],
 )
 def test_an_engine_that_does_not_start(tmp_path, monkeypatch, env, kind, text):
-    monkeypatch.setattr(link, "SHUTDOWN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(group, "SHUTDOWN_TIMEOUT_S", 0.2)
 
     async def start():
         it = Running(tmp_path, ServeConfig(start_timeout=1.5 if env["FAKE_START"] == "hang" else BOUND_S), **env)
@@ -449,14 +449,14 @@ def test_an_engine_that_does_not_start(tmp_path, monkeypatch, env, kind, text):
         assert caught.value.status == 503
         with pytest.raises(kind, match=text):
             await it.frontend.start()
-        assert it.launcher.poll() is not None and not it.frontend.alive
+        assert it.launcher.ended() and not it.frontend.alive
         await it.frontend.close()
 
     asyncio.run(start())
 
 
 def test_cancelling_the_start_ends_the_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(link, "SHUTDOWN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(group, "SHUTDOWN_TIMEOUT_S", 0.2)
 
     async def start():
         it = Running(tmp_path, None, FAKE_START="hang")
@@ -466,7 +466,7 @@ def test_cancelling_the_start_ends_the_process(tmp_path, monkeypatch):
         await it.frontend.close()  # at the same time, as the server does
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert it.launcher.poll() is not None
+        assert it.launcher.ended()
 
     asyncio.run(start())
 

@@ -49,12 +49,12 @@ def fake(monkeypatch, tmp_path):
     """Makes LLMs with a fake engine; `calls` has what reached it."""
 
     def make(model="", env=(), **options):
-        def launcher():
+        def launcher(config, environ):
             return LocalLauncher(
                 command=[sys.executable, "-P", str(FAKE)], env={"FAKE_LOG": str(tmp_path / "calls")} | dict(env)
             )
 
-        monkeypatch.setattr(frontend, "LocalLauncher", launcher)
+        monkeypatch.setattr(frontend, "choose_launcher", launcher)
         llm = LLM(model, **options)
         made.append(llm)
         return llm
@@ -214,7 +214,7 @@ class TestLife:
     @pytest.mark.parametrize("where", ["here", "in its own loop"])
     def test_a_forgotten_one_ends_its_process(self, monkeypatch, where):
         command = [sys.executable, "-P", str(FAKE)]
-        monkeypatch.setattr(frontend, "LocalLauncher", lambda: LocalLauncher(command=command))
+        monkeypatch.setattr(frontend, "choose_launcher", lambda *_: LocalLauncher(command=command))
 
         async def collect():
             gc.collect()
@@ -240,7 +240,7 @@ class TestLife:
             from moeyard.launch import frontend
             from moeyard.launch.local import LocalLauncher
             launcher = LocalLauncher(command=[sys.executable, "-P", {str(FAKE)!r}])
-            frontend.LocalLauncher = lambda: launcher
+            frontend.choose_launcher = lambda *_: launcher
             llm = LLM({str(tmp_path)!r})
             stream = llm.stream({{"prompt_token_ids": [1]}}, SamplingParams(max_tokens=200))
             next(stream)

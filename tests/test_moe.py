@@ -24,9 +24,11 @@ def layers(request, tmp_path_factory):
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 33, 300])
 @pytest.mark.parametrize("few_rows", [True, False])
-def test_equals_the_models_own_experts(layers, tokens, few_rows, monkeypatch):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_equals_the_models_own_experts(layers, tokens, few_rows, compiled, monkeypatch):
     layer, module = layers
     layer = copy.copy(layer)
+    layer._compiled = compiled
     taken = []
     path = layer._few_rows
     layer._few_rows = (lambda *args: taken.append(1) or path(*args)) if few_rows else None

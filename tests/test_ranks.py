@@ -3,10 +3,10 @@
 import pytest
 import tiny
 import world
-from test_parity import generate, prompts, reference
+from test_parity import prompts, reference
 
 from moeyard.engine.config import EngineConfig
-from moeyard.engine.messages import Placed, Submit
+from moeyard.engine.messages import Submit
 from moeyard.engine.params import SamplingParams
 
 

@@ -493,12 +493,12 @@ def test_checkpoint_without_tokenizer(http, frontend):
 
 def test_state_of_the_engine(http, frontend):
     ready = frontend.ready
-    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/health").json() == {"status": "ok", "ranks": {"0": "ok"}, "trouble": ""}
     assert http.get("/ready").status_code == 200
     assert http.get("/version").json()["version"]
 
     frontend.ready, frontend.alive = None, False
-    assert http.get("/health").json() == {"status": "loading"}
+    assert http.get("/health").json() == {"status": "loading", "ranks": {"0": "loading"}, "trouble": ""}
     loading = http.post("/v1/completions", json=TEXT)
     assert error_of(loading, 503)["code"] == "loading" and int(loading.headers["retry-after"]) >= 1
     error_of(http.get("/ready"), 503)
@@ -594,7 +594,7 @@ def test_api_key():
     frontend = FakeFrontEnd()
     with serving(frontend, api_key="secret") as server, httpx.Client(base_url=server.url) as http:
         for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}):
-            for path in ("/v1/models", "/moe/experts", "/nothing"):
+            for path in ("/v1/models", "/moe/experts", "/admin/placement", "/nothing"):
                 answer = http.get(path, headers=header)
                 assert error_of(answer, 401)["code"] == "invalid_api_key"
                 assert answer.headers["www-authenticate"] == "Bearer" and answer.headers["x-request-id"]

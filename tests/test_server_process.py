@@ -96,7 +96,7 @@ def signal_self(number=signal.SIGTERM):
 
 def test_life_of_the_process(process, capfd):
     def script(http, frontend):
-        assert http.get("/health").json() == {"status": "loading"}
+        assert http.get("/health").json()["status"] == "loading"
         error_of(http.get("/ready"), 503)
         assert "curl" not in capfd.readouterr().out
         frontend.load.set()

@@ -67,7 +67,7 @@ class Peer:
         return message, before
 
     def exit_code(self):
-        return self.launcher._process.wait(BOUND_S)
+        return self.launcher._processes[0].wait(BOUND_S)
 
     def calls(self):
         return [json.loads(line) for line in self.log.read_text().splitlines()]
