@@ -47,7 +47,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    args.model = one_model(args.model, args.model_option)
+    if "model" in args:
+        args.model = one_model(args.model, args.model_option)
     return import_module(f".bench.{args.bench}", __package__).run(args)
 
 
@@ -88,7 +89,8 @@ def _fill_benches(parser: Parser) -> None:
 
 def _fill_bench(parser: Parser, bench: str) -> None:
     import_module(f".bench.{bench}", __package__).add_arguments(parser)
-    parser.add_argument("--model", dest="model_option", metavar="MODEL", help="the same as MODEL")
+    if any(action.dest == "model" for action in parser._actions):
+        parser.add_argument("--model", dest="model_option", metavar="MODEL", help="the same as MODEL")
 
 
 COMMANDS = {

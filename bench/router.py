@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, default=8192, help="prompt tokens of one step (default: 8192)")
     parser.add_argument("--seed", type=int, help="of the synthetic trace (default: 0)")
     parser.add_argument("--json", metavar="FILE", help="also write the report there, with the raw samples")
-    parser.set_defaults(model=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,8 +89,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.model is not None:
-        raise ValueError(f"MODEL is {args.model!r}, but this bench runs no model; leave it out")
     for name in ("ranks", "ttft_target", "load", "prefill_rate", "cache_tokens", "budget"):
         value = getattr(args, name)
         if not (value > 0 and math.isfinite(value)):

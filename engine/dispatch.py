@@ -284,6 +284,7 @@ class _AllGatherChunk(Chunk):
         self._pending.wait()
         with self._group.progress.span("dispatch"):
             arrived = self._form.unpack(self._gathered)
+            del self._gathered, self._pending
             ids_PRK = arrived.slots_RK.view(self._group.size, self._rows, arrived.slots_RK.shape[1])
             slots_RK = self._dispatcher.own_slots(ids_PRK).flatten(0, 1)
             # Rows without an expert here are not worth a place in what the experts read.
@@ -404,7 +405,9 @@ class _AllToAllChunk(Chunk):
 
     def arrive(self) -> Arrived:
         self._pending.wait()
-        return self._form.unpack(self._packed)
+        packed = self._packed
+        del self._packed, self._pending  # and what was sent with them: it is memory
+        return self._form.unpack(packed)
 
     def give_back(self, y_RD: torch.Tensor) -> None:
         with self._group.progress.span("combine"):

@@ -67,7 +67,7 @@ class Engine:
     def __init__(self, config: EngineConfig, seat: Seat | None = None):
         self.config = config
         sharing = seat.local_ranks if seat else 1
-        self.progress = seat.group.progress if seat else Progress()
+        self.progress = seat.group.progress if seat else Progress(recording=config.trace is not None)
         set_threads(config.threads or max(1, usable_cores() // sharing))
         path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
         blueprint = draw(config, path, seat.local_rank if seat else 0, sharing)
@@ -229,6 +229,9 @@ class Engine:
 
     def _step(self) -> list[TokenDelta]:
         step = self._scheduler.schedule()
+        now = time.monotonic()
+        for request_id in step.admitted:
+            self._scheduler.get(request_id).payload.started = now
         if self._parallel is not None:
             plan = self._parallel.agree(sum(step.tokens.values()), self._scheduler.has_work)
             if plan is not None and not step.tokens:
@@ -236,9 +239,8 @@ class Engine:
                     self._parallel.take_part()
         if not step.tokens:
             return []
-        now = time.monotonic()
-        for request_id in step.admitted:
-            self._scheduler.get(request_id).payload.started = now
+        if self._parallel is None:
+            self.progress.step += 1
         logits_BV = self._run(step)
         self._scheduler.commit(step)
         self._steps += 1
@@ -272,6 +274,7 @@ class Engine:
         """The weights; of the experts only this rank's, where there are several."""
         config = self.config
         if seat is None:
+            _refuse_options_of_several_ranks(config)
             check_weights_fit(blueprint.footprint, self.device)
             return load(blueprint, progress=config.progress)
         group = seat.group
@@ -301,9 +304,12 @@ class Engine:
         self._cache = KVCache(self.spec.attention, num_blocks, self.config.block_size, dtype, self.device)
         self._attention = PagedAttention(self.spec.attention, self._cache)
         attention: Any = self._attention
-        if self._parallel is not None:
-            attention = _timed(self._attention, self.progress)
-        plug(self._model, self._name, attention, self._experts)
+        experts: Any = self._experts
+        if self._parallel is not None or self.progress.recording:
+            attention = _timed("attention", attention, self.progress)
+        if self._parallel is None and self.progress.recording:
+            experts = _timed("experts", experts, self.progress)
+        plug(self._model, self._name, attention, experts)
 
     def _warm_up(self, dtype: torch.dtype) -> int:
         """Runs a prefill and a decode step over a cache of their own, so that nothing is compiled while serving.
@@ -413,12 +419,20 @@ class Engine:
         return self._grammars
 
 
-def _timed(attention: PagedAttention, progress: Progress) -> Any:
+def _refuse_options_of_several_ranks(config: EngineConfig) -> None:
+    """Raises ValueError for options that one rank cannot follow."""
+    for name in ("dispatcher", "chunks", "redundant_experts", "expert_placement"):
+        value, default = getattr(config, name), getattr(EngineConfig, name)
+        if value != default:
+            raise ValueError(f"{name} is {value}, but there is one rank and nothing to share out; use --ep 2 or more")
+
+
+def _timed(phase: str, function: Any, progress: Progress) -> Any:
     """The same function with its time on record."""
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        with progress.span("attention"):
-            return attention(*args, **kwargs)
+        with progress.span(phase):
+            return function(*args, **kwargs)
 
     return timed
 

@@ -10,6 +10,8 @@ import datetime
 import json
 import logging
 import os
+import re
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +30,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 STORE_TIMEOUT_S = 60.0
 """How long the others may take to come to the store when a group forms."""
+CONNECT_TIMEOUT_S = 5.0
+"""How long one attempt to reach the store may take; then messages are looked at."""
 
 
 class RankLost(RuntimeError):
@@ -36,7 +40,9 @@ class RankLost(RuntimeError):
     def __init__(self, progress: Progress, error: BaseException) -> None:
         text = str(error).strip().splitlines()
         self.step, self.layer, self.phase = progress.step, progress.layer, progress.phase
-        self.reason = text[0] if text else type(error).__name__
+        words = text[0] if text else type(error).__name__
+        # Of gloo's neither the place in its source nor the general advice.
+        self.reason = re.sub(r"^\[\S+:\d+\] |\. This is typically caused .*", "", words)
         where = f"layer {self.layer} of step {self.step}" if self.layer >= 0 else f"step {self.step}"
         super().__init__(f"the exchange with the other ranks broke in {self.phase!r} at {where}: {self.reason}")
 
@@ -55,10 +61,35 @@ def make_store(host: str) -> tuple[dist.TCPStore, str]:
     return store, f"{host}:{store.port}"
 
 
+def _reach_store(address: str, while_waiting: Callable[[], None]) -> dist.TCPStore:
+    """A connection to the first member's store. Raises OSError when it is gone: torch would try for a minute."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    deadline = time.monotonic() + STORE_TIMEOUT_S
+    while True:
+        while_waiting()
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+            break
+        except TimeoutError:  # a refusal is final: it listened before anybody was told of it
+            if time.monotonic() > deadline:
+                raise
+    store = dist.TCPStore(
+        host,
+        int(port),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=CONNECT_TIMEOUT_S),
+    )
+    store.set_timeout(datetime.timedelta(seconds=STORE_TIMEOUT_S))
+    return store
+
+
 class RankGroup:
     """This process's place in the group of one epoch, and the exchanges with the others.
 
     `store` is the one that `make_store` gave on the first member, None elsewhere. `timeout_s` bounds every exchange.
+    `while_waiting` is called every few milliseconds of a wait that may be long; it raises RuntimeError to end it.
     Every method that talks to the others raises `RankLost` when one of them does not answer.
     """
 
@@ -74,6 +105,7 @@ class RankGroup:
         progress: Progress,
         store: dist.TCPStore | None = None,
         host: str = "127.0.0.1",
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self.epoch = epoch
         self.members = tuple(members)
@@ -84,30 +116,25 @@ class RankGroup:
         self.timeout_s = timeout_s
         self.progress = progress
         self.sent_bytes = 0
-        self.while_waiting: Callable[[], None] = lambda: None
-        """Called every few milliseconds of a wait that may be long; raises to end it."""
+        self.while_waiting = while_waiting
         self._closed = False
         _choose_interface(host)
-        host_name, _, port = address.rpartition(":")
         try:
-            if store is None:
-                store = dist.TCPStore(
-                    host_name.strip("[]"),
-                    int(port),
-                    is_master=False,
-                    wait_for_workers=False,
-                    timeout=datetime.timedelta(seconds=STORE_TIMEOUT_S),
-                )
-            self._store = store
+            self._store = _reach_store(address, while_waiting) if store is None else store
+            # Torch's own wait for the others cannot be ended: it begins once all are here.
+            self.put("here", 1)
+            self.get_all("here", STORE_TIMEOUT_S)
             dist.init_process_group(
                 backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore(f"epoch{epoch}", store),
+                store=dist.PrefixStore(f"epoch{epoch}", self._store),
                 rank=self.position,
                 world_size=self.size,
                 timeout=datetime.timedelta(seconds=timeout_s),
                 device_id=device if device.type == "cuda" else None,
             )
-        except (RuntimeError, dist.DistError) as error:
+        except RankLost:
+            raise
+        except (RuntimeError, OSError, dist.DistError) as error:
             progress.phase = "forming the group"
             raise RankLost(progress, error) from error
 
@@ -153,7 +180,8 @@ class RankGroup:
             # Not one long wait: the store's own does not end when its host is gone for good.
             while not self._run(lambda: self._store.check(names)):
                 if time.monotonic() > deadline:
-                    absent = [self.members[i] for i, name in enumerate(names) if not self._store.check([name])]
+                    there = self._run(lambda: [self._store.check([name]) for name in names])
+                    absent = [rank for rank, here in zip(self.members, there, strict=True) if not here]
                     text = f"no {key!r} from rank {', '.join(map(str, absent))} within {timeout_s:g} s"
                     raise RankLost(self.progress, TimeoutError(text))
                 self._run(self.while_waiting)

@@ -24,7 +24,8 @@ class Overlap:
         self._early: torch.Tensor | None = None
         self._routed = False
         self._watched: list[bool] = []
-        block.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self._shared = shared
+        self._hook = block.register_forward_pre_hook(self._enter, with_kwargs=True)
         shared.forward = self._shared_forward  # type: ignore[method-assign]
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -38,12 +39,16 @@ class Overlap:
         self._routed = True
         if self.enabled and self._input is not None:
             self._early = self._original(self._input)
+            self._input = None  # used up: a step without tokens calls the layer alone, and has nothing to compute here
             self.early_runs += 1
 
     def settle(self) -> None:
         """The end of the watch: enabled when every call came after the routing and had the block's input."""
         self.enabled = bool(self._watched) and all(self._watched)
         self._input = None
+        if not self.enabled:  # leave the block as it was: its input need not be kept, nor compared
+            self._hook.remove()
+            self._shared.forward = self._original  # type: ignore[method-assign]
 
     def _shared_forward(self, x: torch.Tensor) -> torch.Tensor:
         early, self._early = self._early, None
@@ -51,8 +56,7 @@ class Overlap:
             return early
         if not self.enabled:
             same = self._input is not None and x.shape == self._input.shape and torch.equal(x, self._input)
-            if len(self._watched) < 8:
-                self._watched.append(self._routed and same)
+            self._watched.append(self._routed and same)
         out: torch.Tensor = self._original(x)
         return out
 

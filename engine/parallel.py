@@ -144,10 +144,11 @@ class Parallel:
         self.progress.layer = -1
         step = self.progress.step
         busy = has_work or self._mover.pending
-        mine = (step, tokens, busy, self._wake, self._version, self._last_digest)
+        mine = (step, tokens, busy, self._wake, self._version, self._last_digest, self._table_digest)
         rows = self.group.all_gather_ints(mine)
         self._check([row[0] for row in rows], "step")
         self._check([row[5] for row in rows], "plan")
+        self._check([row[6] for row in rows], "placement")
         version = min(row[4] for row in rows)
         if version > self._aimed:
             self._aim(version)
@@ -281,6 +282,9 @@ class Parallel:
         mover.tables = [table.with_slots(goal.slots) for table, goal in zip(found, goals, strict=True)]
         mover.aim(goals)
         mover.step(group, unlimited=True)
+        # Reading takes as long as the disk does: waited for here, not in an exchange with its short limit.
+        group.put("placed", 1)
+        group.get_all("placed", timeout_s)
         self._goals.clear()
         self._version = self._aimed = self._last_digest = 0
         self._choices.clear()
@@ -307,6 +311,8 @@ class Parallel:
         )
         if not needed:
             return
+        # While a tensor grows there are two of it.
+        needed += max(layer.pool.up_SND.nbytes for layer in self._layers)
         device = self.group.device
         free = free_memory(device) / (self._seat.local_ranks if device.type == "cpu" else 1)
         if needed > free:

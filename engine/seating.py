@@ -71,8 +71,8 @@ class Seating:
             progress=self.progress,
             store=self._stores.get(form.epoch),
             host=self._host,
+            while_waiting=self.while_waiting,
         )
-        self.group.while_waiting = self.while_waiting
         return None
 
     def seat(self, configure: Configure) -> Seat:

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -160,6 +161,9 @@ class Worker:
         host = address_of_this_machine(self._endpoint)
         self._send(Hello(pid=os.getpid(), version=__version__, rank=self._rank.number, host=host))
         first = self._receive(CONFIGURE_TIMEOUT_S)
+        while first is None and self._parent is not None:
+            # The first node may come much later. The parent waits for it, `start_timeout`, and then ends this process.
+            first = self._receive(CONFIGURE_TIMEOUT_S)
         if isinstance(first, Shutdown):
             return 0
         if not isinstance(first, Configure):
@@ -167,7 +171,7 @@ class Worker:
         try:
             config = EngineConfig(**first.config)
             if (config.ep or 1) > 1:
-                engine = self._start_ranked(config, first, host)
+                engine = self._start_ranked(config, first)
                 if engine is None:
                     return 0
             else:
@@ -205,6 +209,8 @@ class Worker:
         """One step; False when the end has come while a broken group waited for the next."""
         if self._seating is None:
             self._send_deltas(engine.step())
+            for report in getattr(engine, "take_reports", list)():
+                self._send(report)
             return True
         from .group import RankLost
 
@@ -222,10 +228,12 @@ class Worker:
 
     # One of several ranks
 
-    def _start_ranked(self, config: EngineConfig, configure: Configure, host: str) -> EngineLike | None:
+    def _start_ranked(self, config: EngineConfig, configure: Configure) -> EngineLike | None:
         """Joins the first group and loads; None when the front end says `Shutdown` meanwhile."""
         from .seating import Seating
 
+        # Only now: before the front end is there its name may be unknown, as of a pod that does not run yet.
+        host = address_of_this_machine(self._endpoint)
         self._seating = seating = Seating(config, self._rank, host, self._endpoint)
         seating.while_waiting = self._while_waiting
         seating.start_heartbeat()
@@ -257,11 +265,21 @@ class Worker:
         if any(isinstance(message, Shutdown) for message in self._deferred):
             return False  # the others were told to end, too
         log.warning("%s", lost)
-        if seating.group is not None:
-            self._send(
-                Broken(epoch=seating.group.epoch, step=lost.step, layer=lost.layer, phase=lost.phase, error=lost.reason)
-            )
+        self._say_broken(seating.group, lost)
         return self._regroup(engine)
+
+    def _say_broken(self, group: Any, lost: Any) -> None:
+        """Leaves the group, so that no other rank waits for this one, and tells the front end.
+
+        Gloo closes the connections when nothing holds an exchange any more, and the error's frames do: with four ranks
+        in a ring, two would otherwise wait for each other until their timeout.
+        """
+        error: BaseException | None = lost
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        group.close()
+        self._send(Broken(epoch=group.epoch, step=lost.step, layer=lost.layer, phase=lost.phase, error=lost.reason))
 
     def _regroup(self, engine: EngineLike) -> bool:
         """Goes on in the next group, or the one after when that breaks too; False on `Shutdown`."""
@@ -275,11 +293,7 @@ class Worker:
             try:
                 tables = engine.join(seating.group)  # type: ignore[attr-defined]
             except RankLost as lost:
-                self._send(
-                    Broken(
-                        epoch=seating.group.epoch, step=lost.step, layer=lost.layer, phase=lost.phase, error=lost.reason
-                    )
-                )
+                self._say_broken(seating.group, lost)
                 continue
             self._changed = True
             self._send(Joined(epoch=seating.group.epoch, tables=tables))

@@ -82,11 +82,12 @@ def small_experts(
     if pairs == 0:
         return out.zero_(), counts.zero_()
     workers = workers_for(min(pairs, experts) * 3 * width * inner * size)
+    rows = pairs if slots_E is not None else int((ids_TK >= 0).sum())  # of h: other ranks' experts have none here
 
     # One block of memory for everything on the way: experts and starts of the groups, token and position of the
     # rows, h, y.
     sizes = (
-        4 * experts, 4 * (experts + 1), 4 * pairs, 4 * pairs, pairs * inner * size, workers * pairs * 4 * COLUMNS,
+        4 * experts, 4 * (experts + 1), 4 * pairs, 4 * pairs, rows * inner * size, workers * pairs * 4 * COLUMNS,
     )  # fmt: skip
     room = torch.empty(sum(sizes) + 64 * len(sizes), dtype=torch.uint8)
     places, place = [], room.data_ptr()

@@ -6,7 +6,7 @@ number to set, and nothing is oversubscribed. `environment.ENVIRONMENT` has the 
 """
 
 import torch
-from numba import config
+from numba import config, get_num_threads
 
 
 def set_threads(n: int) -> None:
@@ -17,4 +17,6 @@ def set_threads(n: int) -> None:
             f"threads: {n} is not in 1..{most}; numba takes its limit from the cores of this process, or from "
             "NUMBA_NUM_THREADS"
         )
+    # numba sets OpenMP's number to its own limit when it starts its threads: after torch's, that would undo it.
+    get_num_threads()
     torch.set_num_threads(n)

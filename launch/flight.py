@@ -59,7 +59,8 @@ class Flights:
     def open(self, config: EngineConfig, ranks: Sequence[int], kv_tokens: int) -> None:
         """The ranks are loaded; each has room for `kv_tokens`."""
         self._only_rank = ranks[0]
-        if len(ranks) > 1:
+        # One rank that may come back, or one that is left of several, needs it too: somebody has to keep the requests.
+        if len(ranks) > 1 or (config.ep or 1) > 1 or config.on_rank_loss == "restart":
             self._router = ROUTERS[config.router](
                 ranks,
                 block_size=config.block_size,

@@ -64,8 +64,11 @@ class FrontEnd:
         observer: Observer | None = None,
         silence_timeout: float = SILENCE_TIMEOUT_S,
     ) -> None:
+        self._several_nodes = False
         if launcher is None:
-            launcher, ep = choose_launcher(config, os.environ), find_place(config, os.environ).ep
+            place = find_place(config, os.environ)
+            launcher, ep = choose_launcher(config, os.environ), place.ep
+            self._several_nodes = place.nodes > 1 or config.launcher == "ray"
         else:
             ep = config.ep or len(launcher.ranks)
         self.config = dataclasses.replace(config, ep=ep)
@@ -105,7 +108,9 @@ class FrontEnd:
         if config.generation_config == "model":
             self._defaults = sampling_defaults(path)
         engine_config = config.engine_config() if isinstance(config, ServeConfig) else config
-        engine_config = dataclasses.replace(engine_config, model=str(path), revision=None)
+        if not self._several_nodes or Path(config.model or path).exists():
+            engine_config = dataclasses.replace(engine_config, model=str(path.absolute()), revision=None)
+        # else a Hub id, which each node turns into a directory of its own
         timeout = config.start_timeout if isinstance(config, ServeConfig) else START_TIMEOUT_S
         try:
             if config.placement is not None:

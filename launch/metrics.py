@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..engine.messages import Stats
+from ..engine.progress import PHASES
+from ..scheduler.cost import DISPATCHERS
 from ..scheduler.placement import imbalance
 from ..scheduler.table import ExpertTable
 
@@ -90,7 +92,13 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Requests in the engine's current steps.")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting for their first step.")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.")
-        self._counters = [(name, self._counter(metric, text)) for name, metric, text in _COUNTERS]
+        self._counters = [(name, self._counter(metric, text), 1.0) for name, metric, text in _COUNTERS]
+        phases = self._counter(
+            "step_phase_seconds", "Where the steps of several ranks spent their time; wait is for other ranks.", "phase"
+        )
+        self._counters += [(f"{phase}_ns", phases.labels(phase), 1e-9) for phase in PHASES]
+        steps = self._counter("moe_steps", "Steps of each rank, by how tokens reached other ranks.", "dispatcher")
+        self._counters += [(f"steps_{name}", steps.labels(name), 1.0) for name in DISPATCHERS]
         self._finished = self._counter("request_success", "Requests that ended, by reason.", "finished_reason")
         for reason in ("stop", "length", "abort", "error"):
             self._finished.labels(reason)  # a series that starts at 0
@@ -162,10 +170,10 @@ class Metrics:
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(_kv_usage(stats))
-        for name, counter in self._counters:
+        for name, counter, unit in self._counters:
             total, before = getattr(stats, name), getattr(self._seen, name)
             # A total that went down belongs to a rank that started again: all of it is new.
-            counter.inc(total - before if total >= before else total)
+            counter.inc((total - before if total >= before else total) * unit)
         self._seen = stats
         if stats.expert_counts is not None:
             self.expert_counts = stats.expert_counts

@@ -49,9 +49,18 @@ log = logging.getLogger("moeyard.node")
 
 
 def run(
-    place: Place, start_timeout: float, *, command: Sequence[str] | None = None, env: Mapping[str, str] | None = None
+    place: Place,
+    start_timeout: float,
+    drain_timeout: float = 0.0,
+    *,
+    command: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> int:
     """Starts the ranks of `place` and stays until they end, the first node says so, or SIGTERM or SIGINT.
+
+    What stops a job signals all its nodes at once, and the front end then lets requests finish, for `drain_timeout`
+    seconds. They need these ranks: so the first signal only bounds the wait for the front end's word, once it has
+    answered, and the second ends at once.
 
     Returns the exit code: 0 when told to stop, 1 when the ranks ended by themselves or the first node does not answer:
     for `start_timeout` seconds before its first answer, later for `LEADER_TIMEOUT_S`. `command` and `env` are
@@ -77,7 +86,7 @@ def run(
             socket.connect(f"tcp://{place.endpoint}")
             launcher.start()
             log.info("node %d of %d: %s, for the front end at %s", place.node, place.nodes, _of(place), place.endpoint)
-            return Node(socket, launcher, place, start_timeout, stopped).run()
+            return Node(socket, launcher, place, start_timeout, drain_timeout, stopped).run()
     finally:
         launcher.stop(0)
         socket.close()
@@ -85,10 +94,16 @@ def run(
 
 
 class Node:
-    """The loop between the front end's messages and the processes here. It stops when `stopped` has something in it."""
+    """The loop between the front end's messages and the processes here. `stopped` gets the signals that come."""
 
     def __init__(
-        self, socket: zmq.Socket[bytes], launcher: Launcher, place: Place, start_timeout: float, stopped: list[int]
+        self,
+        socket: zmq.Socket[bytes],
+        launcher: Launcher,
+        place: Place,
+        start_timeout: float,
+        drain_timeout: float,
+        stopped: list[int],
     ) -> None:
         self._socket = socket
         self._launcher = launcher
@@ -96,7 +111,10 @@ class Node:
         self._stopped = stopped
         self._told: dict[int, str] = {}  # the ends that the front end knows
         self._heard_at = time.monotonic()
+        self._answered = False
         self._patience = start_timeout
+        self._drain_timeout = drain_timeout
+        self._stop_at: float | None = None
         self._pinged_at = -float("inf")
         self._code: int | None = None
 
@@ -105,14 +123,30 @@ class Node:
         self._send(NodeHello(node=self._place.node, version=__version__, ranks=list(self._place.ranks)))
         while self._code is None:
             if self._stopped:
-                log.info("%s: ending %s", signal.Signals(self._stopped[0]).name, _of(self._place))
-                self._launcher.stop(0)
-                self._code = 0
+                self._obey_signals()
             self._ping()
             self._tell_ends()
             if self._socket.poll(POLL_MS):
                 self._take(self._socket.recv())
         return self._code
+
+    def _obey_signals(self) -> None:
+        name, now = signal.Signals(self._stopped[-1]).name, time.monotonic()
+        if self._stop_at is None:
+            # Past the front end's own wait, so that its word comes first.
+            wait = self._drain_timeout + SHUTDOWN_TIMEOUT_S if self._answered and self._drain_timeout else 0.0
+            self._stop_at = now + wait
+            if wait:
+                log.info(
+                    "%s: %s may work for %g s more, while requests finish; a second signal ends at once",
+                    name,
+                    _of(self._place),
+                    wait,
+                )
+        if len(self._stopped) > 1 or now >= self._stop_at:
+            log.info("%s: ending %s", name, _of(self._place))
+            self._launcher.stop(0)
+            self._code = 0
 
     def _ping(self) -> None:
         now = time.monotonic()
@@ -145,6 +179,7 @@ class Node:
             return
         self._heard_at = time.monotonic()
         if isinstance(message, Pong):
+            self._answered = True
             self._patience = LEADER_TIMEOUT_S
         elif isinstance(message, Kill) and message.rank in self._launcher.ranks:
             log.error("the front end ends rank %d", message.rank)

@@ -83,7 +83,7 @@ def run(config: ServeConfig) -> int:
     place = find_place(config, os.environ)
     if not place.leader:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-        return node.run(place, config.start_timeout)
+        return node.run(place, config.start_timeout, config.drain_timeout)
     try:
         listener = _listen(config.host, config.port)
     except OSError as error:

@@ -15,10 +15,16 @@ def find_place(config: EngineConfig, environ: Mapping[str, str]) -> Place:
     """The part of the job that this process has.
 
     With `launcher` ray this process leads all ranks, wherever they run: `ep` of them, or 1. Raises ValueError for an
-    environment that contradicts itself or the options.
+    environment that contradicts itself or the options, on every node: none is left to wait for the others.
     """
     if config.launcher != "ray":
-        return find(environ, config.ep, config.cluster_port)
+        place = find(environ, config.ep, config.cluster_port)
+        if config.on_rank_loss == "restart" and place.nodes > 1:
+            raise ValueError(
+                f"on_rank_loss restart needs ranks that this process starts, and {place.source} starts those of"
+                f" {place.nodes} nodes; use --on-rank-loss continue or --launcher ray"
+            )
+        return place
     ep = config.ep or 1
     return Place(
         source="ray",
@@ -48,11 +54,6 @@ def choose_launcher(config: EngineConfig, environ: Mapping[str, str]) -> Launche
         )
     if config.launcher == "ray":
         return _ray(config, place)
-    if config.on_rank_loss == "restart" and place.nodes > 1:
-        raise ValueError(
-            f"on_rank_loss restart needs ranks that this process starts, and {place.source} starts those of"
-            f" {place.nodes} nodes; use --on-rank-loss continue or --launcher ray"
-        )
     if place.nodes == 1 and not place.port:
         return LocalLauncher(ranks=place.ranks)
     return LocalLauncher(

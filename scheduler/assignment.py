@@ -18,7 +18,7 @@ from .table import ExpertTable
 Integers = npt.NDArray[np.int64]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def nearest_homes(table: ExpertTable) -> tuple[Integers, Integers]:
     """For each source rank and expert the rank that computes it, and the slot there: two arrays [P, E].
 

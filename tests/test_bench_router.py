@@ -168,7 +168,6 @@ def test_a_trace_runs_by_the_command(tmp_path: Path, capsys) -> None:
         (["--requests", "1"], "--requests is 1"),
         (["--cache-tokens", "100"], "--cache-tokens is 100"),
         (["--seed", "-1"], "--seed is -1"),
-        (["--model", "m"], "this bench runs no model"),
         (["--trace", "missing.npz"], "--trace missing.npz"),
         (["--trace", __file__], "give an .npz file"),
         (["--trace", "t.npz", "--seed", "1"], "--seed"),
@@ -184,4 +183,4 @@ def test_the_options_have_defaults() -> None:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     args = parser.parse_args([])
-    assert (args.ranks, args.load, args.trace, args.model) == (8, 0.8, None, None)
+    assert (args.ranks, args.load, args.trace) == (8, 0.8, None)

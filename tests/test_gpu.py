@@ -1,17 +1,37 @@
-"""What a GPU changes: skipped without one."""
+"""What a GPU changes: skipped without one, and what several change without two."""
+
+import itertools
 
 import pytest
 import tiny
 import torch
+import world
+from test_dispatchers import (
+    DISPATCHERS,
+    EXPERTS,
+    HIDDEN,
+    LOADS,
+    PLACEMENTS,
+    TOKENS,
+    by_contract,
+    in_chunks,
+    inputs,
+    table_of,
+    wanted,
+)
 from test_parity import generate, prompts, reference
+from test_ranks import check_tokens, run_ranks, shared_out
 
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
+from moeyard.scheduler import placement
+from moeyard.scheduler.step_plan import StepPlan
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes one device for each rank; needs two")
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
@@ -36,3 +56,107 @@ def test_bfloat16_runs_and_frees_its_blocks(architecture, tmp_path):
     assert all(len(tokens) == 16 for tokens in out)
     assert engine.stats(False).kv_blocks_used == 0
     engine.close()
+
+
+def dispatchers_on(group):
+    """Every dispatcher, placement and load with everything on the group's device, against a loop on the CPU."""
+    matrices = torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1)) / HIDDEN**0.5
+    wrong, cases = [], 0
+    for case in itertools.product(DISPATCHERS, PLACEMENTS, LOADS, (1, 4)):
+        name, place, (tokens, routing), degree = case
+        table = table_of(place, group.size)
+        tokens_P = TOKENS[tokens][: group.size]
+        if degree > 1 and not any(tokens_P):
+            continue
+        x, ids, weights = inputs(tokens_P[group.position], routing, seed=group.position)
+        right = wanted(x, ids, weights, matrices)
+        plan = StepPlan(step=1, tokens_P=tokens_P, dispatcher=name, degree=degree, table_digest=3)
+        there = [t.to(group.device) for t in (x, ids, weights)]
+        rest = (plan, table.slots_PS[group.position], matrices.to(group.device))
+        dispatcher = DISPATCHERS[name](group, table)
+        out = by_contract(dispatcher, *there, *rest) if degree == 1 else in_chunks(dispatcher, *there, *rest)[0]
+        if out.device.type != group.device.type:
+            wrong.append((*case, f"a result on {out.device}"))
+        if out.shape != right.shape or not torch.allclose(out.cpu(), right, rtol=1e-4, atol=1e-4):
+            wrong.append((*case, "another result"))
+        cases += 1
+    return wrong, cases
+
+
+def exchanges(group):
+    """What every exchange gives for numbers that name their sender."""
+    here, size = group.position, group.size
+    mine = torch.full((2, 3), float(here), device=group.device)
+    gathered, first = group.all_gather(mine)
+    summed, second = group.reduce_scatter(torch.arange(2.0 * size, device=group.device)[:, None] + here)
+    # Position p sends p + q rows to position q, so that rows are uneven and one pair has none.
+    sends, receives = [here + q for q in range(size)], [p + here for p in range(size)]
+    sent = torch.full((sum(sends), 2), float(here), device=group.device)
+    swapped, third = group.all_to_all(sent, sends, receives)
+    for pending in (first, second, third):
+        pending.wait()
+    counts = group.all_gather_counts(torch.tensor([here, 7]))
+    after = torch.empty(4, device=group.device)
+    if size > 1:
+        ring = [((here + 1) % size, torch.full((4,), float(here), device=group.device))]
+        group.exchange_flat(ring, [((here - 1) % size, after)])
+    tensors = (gathered, summed, swapped, counts, after)
+    assert all(t.device.type == group.device.type for t in (gathered, summed, swapped, after))
+    return [t.cpu().tolist() for t in tensors]
+
+
+def check_exchanges(size, device):
+    for rank, (gathered, summed, swapped, counts, after) in enumerate(world.run_world(size, exchanges, device=device)):
+        assert gathered == [[float(p)] * 3 for p in range(size) for _ in range(2)]
+        assert summed == [[float(size * row + sum(range(size)))] for row in (2 * rank, 2 * rank + 1)]
+        assert swapped == [[float(p)] * 2 for p in range(size) for _ in range(p + rank)]
+        assert counts == [[p, 7] for p in range(size)]
+        assert size == 1 or after == [float((rank - 1) % size)] * 4
+
+
+def check_dispatchers(size, device):
+    for wrong, cases in world.run_world(size, dispatchers_on, device=device):
+        assert not wrong and cases > 100
+
+
+def check_engines(size, device, path, options, moves):
+    by_rank = shared_out(prompts(131, 4, longest=30, seed=3), size)
+    goal = [placement.round_robin(8, size).to_lists()] * 3
+    orders = [[(1, 1, goal)]] * size if moves else ()
+    results = world.run_world(size, run_ranks, path, by_rank, 8, options, orders, device=device)
+    check_tokens(path, by_rank, results, 8)
+    for _, facts in results:
+        assert facts["stats"].step_ns > 0
+        if moves:
+            assert facts["tables"] == goal
+
+
+def test_the_exchanges_of_one_rank_over_nccl():
+    check_exchanges(1, "cuda")
+
+
+def test_dispatchers_of_one_rank_over_nccl_give_the_specifications_result():
+    check_dispatchers(1, "cuda")
+
+
+def test_an_engine_alone_in_its_group_over_nccl(tmp_path):
+    check_engines(1, "cuda", tiny.save("qwen3_moe", tmp_path / "model"), {}, False)
+
+
+@two_gpus
+def test_the_exchanges_of_two_ranks_over_nccl():
+    check_exchanges(2, "cuda")
+
+
+@two_gpus
+def test_dispatchers_of_two_ranks_over_nccl_give_the_specifications_result():
+    check_dispatchers(2, "cuda")
+
+
+@two_gpus
+@pytest.mark.parametrize(
+    "options", [{"dispatcher": "all_to_all", "chunks": "2"}, {"dispatcher": "all_gather", "chunks": "1"}, {}]
+)
+def test_two_engines_over_nccl_while_their_experts_move(tmp_path, options):
+    path = tiny.save("qwen3_moe", tmp_path / "model")
+    check_engines(2, "cuda", path, {**options, "move_bytes": "1B"}, True)

@@ -167,3 +167,22 @@ def test_set_threads():
                 set_threads(n)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(MOST < 2, reason="one thread is all there is")
+@pytest.mark.parametrize("started", [True, False])
+def test_set_threads_holds_for_openmp_before_and_after_numba_starts(started):
+    """numba's start sets OpenMP's number to its own limit, which torch's loops would then use."""
+    code = f"""
+import torch
+from numba import get_num_threads
+from moeyard.kernels.threads import set_threads
+torch.get_num_threads()  # OpenMP's number is read and set from here on
+if {started}:
+    get_num_threads()
+set_threads(1)
+get_num_threads()
+lines = [line.strip() for line in torch.__config__.parallel_info().splitlines()]
+assert "omp_get_max_threads() : 1" in lines and "at::get_num_threads() : 1" in lines, lines
+"""
+    python(code, NUMBA_NUM_THREADS="2")

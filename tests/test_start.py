@@ -92,10 +92,10 @@ def test_serving_on_another_node_runs_its_ranks(monkeypatch):
     monkeypatch.setattr(node, "run", lambda *given: calls.append(given) or 7)
     for name, value in torchrun(1, 2, 1).items():
         monkeypatch.setenv(name, value)
-    config = ServeConfig(ep=4, start_timeout=5.0)
+    config = ServeConfig(ep=4, start_timeout=5.0, drain_timeout=7.0)
     assert server.run(config) == 7
-    ((place, timeout),) = calls
-    assert (place.ranks, place.leader, timeout) == ((2, 3), False, 5.0)
+    ((place, start_timeout, drain_timeout),) = calls
+    assert (place.ranks, place.leader, start_timeout, drain_timeout) == ((2, 3), False, 5.0, 7.0)
 
 
 def test_an_environment_that_contradicts_the_options_is_the_users(monkeypatch):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing as mp
 import os
 import traceback
+from collections.abc import Collection, Sequence
 from typing import Any
 
 BOUND_S = 120
 
 
-def _main(function: Any, rank: int, size: int, address_of_store: Any, pipe: Any, args: tuple[Any, ...]) -> None:
+def _main(
+    rank: int, size: int, device: str, leavers: Collection[int], addresses: Any, commands: Any, results: Any
+) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
@@ -18,60 +22,139 @@ def _main(function: Any, rank: int, size: int, address_of_store: Any, pipe: Any,
     from moeyard.engine.progress import Progress
 
     torch.set_num_threads(1)
+    here = torch.device(device) if device == "cpu" else torch.device(device, rank)
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
     try:
         store = None
         if rank == 0:
             store, address = make_store("127.0.0.1")
             for _ in range(size - 1):
-                address_of_store.put(address)
+                addresses.put(address)
         else:
-            address = address_of_store.get(timeout=BOUND_S)
-        group = RankGroup(
-            epoch=1,
-            members=range(size),
-            rank=rank,
-            address=address,
-            device=torch.device("cpu"),
-            timeout_s=60,
-            progress=Progress(),
-            store=store,
-        )
-        pipe.send(("ok", function(group, *args)))
+            address = addresses.get(timeout=BOUND_S)
+        epoch = 1
+        while (command := commands.recv()) is not None:
+            function, args = command
+            group = RankGroup(
+                epoch=epoch,
+                members=range(size),
+                rank=rank,
+                address=address,
+                device=here,
+                timeout_s=60,
+                progress=Progress(),
+                store=store,
+            )
+            epoch += 10  # a function may form groups of its own
+            store = group._store
+            results.send(("ok", function(group, *args)))
+            group.close()
         # The store's host stays until all are done with it.
-        group.put("done", 1)
-        if rank == 0:
-            group.get_all("done", BOUND_S)
-        group.close()
+        if store is not None:
+            store.set(f"done/{rank}", "")
+            if rank == 0:
+                names = [f"done/{other}" for other in range(size) if other not in leavers]
+                store.wait(names, datetime.timedelta(seconds=BOUND_S))
     except BaseException:
-        pipe.send(("error", traceback.format_exc()))
+        results.send(("error", traceback.format_exc()))
         raise
 
 
-def run_world(size: int, function: Any, *args: Any) -> list[Any]:
-    """`function(group, *args)` on every rank of a gloo world; what each returned, in order of ranks.
+def next_group(group: Any, members: Sequence[int] | None = None) -> Any:
+    """The group of the next epoch, of these members or of the same ones; each of them calls it. The old one closes."""
+    from moeyard.engine.group import RankGroup
 
-    Raises AssertionError with the traceback of the first rank that failed.
+    group.close()
+    return RankGroup(
+        epoch=group.epoch + 1,
+        members=group.members if members is None else members,
+        rank=group.rank,
+        address="",
+        device=group.device,
+        timeout_s=group.timeout_s,
+        progress=group.progress,
+        store=group._store,
+    )
+
+
+class World:
+    """Ranks that wait for functions to run: starting one takes seconds, so that tests share them.
+
+    They talk over gloo; with `device` cuda over NCCL, each on the device of its number. `leavers` are ranks that end
+    their process. After a failure the next `run` starts anew.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["world_preload"])
-    addresses = context.Queue()
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    processes = [
-        context.Process(target=_main, args=(function, rank, size, addresses, pipes[rank][1], args), daemon=True)
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    results = []
-    try:
-        for rank, (receiver, _) in enumerate(pipes):
-            assert receiver.poll(BOUND_S), f"rank {rank} of {size} said nothing within {BOUND_S} s"
-            state, value = receiver.recv()
-            assert state == "ok", f"rank {rank} of {size}:\n{value}"
-            results.append(value)
-    finally:
-        for process in processes:
+
+    def __init__(self, size: int, *, device: str = "cpu", leavers: Collection[int] = ()) -> None:
+        self.size = size
+        self._device, self._leavers = device, leavers
+        self._processes: list[Any] = []
+        self._commands: list[Any] = []
+        self._results: list[Any] = []
+        self._addresses: Any = None  # kept, or it is gone before the ranks open it
+
+    def run(self, function: Any, *args: Any) -> list[Any]:
+        """`function(group, *args)` on every rank, each time in a new group; what each returned, in order of ranks.
+
+        None stands for what leavers return. Raises AssertionError with the traceback of the first rank that failed.
+        """
+        if not self._processes:
+            self._start()
+        values: list[Any] = []
+        try:
+            for commands in self._commands:
+                commands.send((function, args))
+            for rank, results in enumerate(self._results):
+                if rank in self._leavers:
+                    values.append(None)
+                    continue
+                assert results.poll(BOUND_S), f"rank {rank} of {self.size} said nothing within {BOUND_S} s"
+                try:
+                    state, value = results.recv()
+                except EOFError:
+                    raise AssertionError(f"rank {rank} of {self.size} ended without a word") from None
+                assert state == "ok", f"rank {rank} of {self.size}:\n{value}"
+                values.append(value)
+        except BaseException:
+            self.close(at_once=True)
+            raise
+        return values
+
+    def close(self, at_once: bool = False) -> None:
+        for rank, (process, commands) in enumerate(zip(self._processes, self._commands, strict=True)):
+            if at_once:
+                process.kill()
+            elif rank not in self._leavers:
+                commands.send(None)
+        for process in self._processes:
             process.join(5)
             if process.is_alive():
                 process.kill()
-    return results
+        self._processes, self._commands, self._results = [], [], []
+
+    def _start(self) -> None:
+        # A process that is forked cannot use CUDA if what it was forked from has.
+        context: Any = mp.get_context("forkserver" if self._device == "cpu" else "spawn")
+        if self._device == "cpu":
+            context.set_forkserver_preload(["world_preload"])
+        self._addresses = context.Queue()
+        for rank in range(self.size):
+            commands, results = context.Pipe(duplex=False), context.Pipe(duplex=False)
+            process = context.Process(
+                target=_main,
+                args=(rank, self.size, self._device, self._leavers, self._addresses, commands[0], results[1]),
+                daemon=True,
+            )
+            process.start()
+            self._processes.append(process)
+            self._commands.append(commands[1])
+            self._results.append(results[0])
+
+
+def run_world(size: int, function: Any, *args: Any, device: str = "cpu", leavers: Collection[int] = ()) -> list[Any]:
+    """One `run` of a `World` of its own."""
+    world = World(size, device=device, leavers=leavers)
+    try:
+        return world.run(function, *args)
+    finally:
+        world.close()
