@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint directory (default: one made here)")
     parser.add_argument("--ranks", default="1,2", metavar="N,N", help="worlds to compare (default: 1,2)")
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="prompt tokens per rank (default: 2048)")
+    parser.add_argument(
+        "--step-tokens", type=int, default=512, metavar="N", help="token budget of a step (default: 512)"
+    )
     parser.add_argument("--output", type=int, default=16, metavar="N", help="tokens of the decode turns; 0: none")
     parser.add_argument("--requests", type=int, default=8, metavar="N", help="decode requests per rank (default: 8)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each side (default: 5)")
@@ -59,7 +62,7 @@ class Side:
             dtype=args.dtype,
             dispatcher=args.dispatcher if ranks > 1 else "auto",
             chunks=args.chunks if ranks > 1 else "auto",
-            max_batched_tokens=max(args.tokens, 128),
+            max_batched_tokens=max(args.step_tokens, 128),
             max_model_len=args.tokens + 128,
             kv_memory=None,
             memory_fraction=None,
@@ -114,9 +117,9 @@ def _peak_resident(pid: int) -> int:
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError for options that cannot work."""
     worlds = _worlds(args.ranks)
-    for name in ("tokens", "requests", "repeats", "threads"):
+    for name in ("tokens", "step_tokens", "requests", "repeats", "threads"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     if args.output < 0:
         raise ValueError(f"--output is {args.output}; it must not be negative")
     model = resolve_model(args)
@@ -211,12 +214,13 @@ def report(args: argparse.Namespace, sides: dict[int, Side], marks: dict[int, di
                 format_size(max(samples[f"peak_bytes_{n}"].values())),
                 f"{figures[f'memory_ratio_{n}']:.2f}",
                 f"{figures[f'bytes_ratio_{n}']:.3f}" if n > 1 else "-",
+                _mix(marks[n]) if n > 1 else "-",
             ]
         )
     largest = max(sides)
     if largest > 1:
         figures["bytes_ratio"] = figures[f"bytes_ratio_{largest}"]
-    header = ["ranks", "prefill tok/s", "ratio", "decode tok/s", "peak/rank", "peak/parts", "bytes/least"]
+    header = ["ranks", "prefill tok/s", "ratio", "decode tok/s", "peak/rank", "peak/parts", "bytes/least", "a2a steps"]
     print(table(header, rows))
     print()
     print(_phases(args, sides, marks, samples))
@@ -256,6 +260,15 @@ def _bytes_ratio(side: Side, marks: dict[int, tuple[Stats, Stats]]) -> float:
     least = sum(after.least_rows - before.least_rows for before, after in marks.values())
     hidden = next(iter(side.frontend.rank_info.values()))["hidden_bytes"]
     return sent / (least * 2 * hidden) if least else 1.0
+
+
+def _mix(marks: dict[int, tuple[Stats, Stats]]) -> str:
+    """The share of steps that went by all-to-all; the others sent every token to every rank."""
+    steps = [
+        sum(getattr(after, name) - getattr(before, name) for before, after in marks.values())
+        for name in ("steps_all_to_all", "steps_all_gather")
+    ]
+    return f"{steps[0] / max(1, sum(steps)):.0%}"
 
 
 def _phases(
