@@ -5,16 +5,28 @@ from __future__ import annotations
 import datetime
 import multiprocessing as mp
 import os
+import sys
 import traceback
+import types
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 BOUND_S = 120
 
 
+def _make_tests_importable() -> None:
+    """Functions of test modules come by name, as `tests.test_x.function`; the repository itself is not on the path."""
+    if "tests" not in sys.modules:
+        tests = types.ModuleType("tests")
+        tests.__path__ = [str(Path(__file__).parent)]
+        sys.modules["tests"] = tests
+
+
 def _main(
     rank: int, size: int, device: str, leavers: Collection[int], addresses: Any, commands: Any, results: Any
 ) -> None:
+    _make_tests_importable()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
