@@ -144,11 +144,10 @@ class Parallel:
         self.progress.layer = -1
         step = self.progress.step
         busy = has_work or self._mover.pending
-        mine = (step, tokens, busy, self._wake, self._version, self._last_digest, self._table_digest)
+        mine = (step, tokens, busy, self._wake, self._version, self._last_digest)
         rows = self.group.all_gather_ints(mine)
         self._check([row[0] for row in rows], "step")
         self._check([row[5] for row in rows], "plan")
-        self._check([row[6] for row in rows], "placement")
         version = min(row[4] for row in rows)
         if version > self._aimed:
             self._aim(version)

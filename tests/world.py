@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing as mp
 import os
@@ -125,12 +126,22 @@ class World:
                     state, value = results.recv()
                 except EOFError:
                     raise AssertionError(f"rank {rank} of {self.size} ended without a word") from None
-                assert state == "ok", f"rank {rank} of {self.size}:\n{value}"
+                assert state == "ok", f"rank {rank} of {self.size}:\n{value}{self._others_said(rank)}"
                 values.append(value)
         except BaseException:
             self.close(at_once=True)
             raise
         return values
+
+    def _others_said(self, failed: int) -> str:
+        """The errors of the ranks after one that failed: it may only be the first to notice another's."""
+        texts = []
+        for rank, results in enumerate(self._results[failed + 1 :], start=failed + 1):
+            if rank not in self._leavers and results.poll(2):
+                with contextlib.suppress(EOFError):
+                    state, value = results.recv()
+                    texts += [f"\nrank {rank}:\n{value}"] if state == "error" else []
+        return "".join(texts)
 
     def close(self, at_once: bool = False) -> None:
         for rank, (process, commands) in enumerate(zip(self._processes, self._commands, strict=True)):
