@@ -33,7 +33,6 @@ class MoELayer:
 
     def __init__(self, module: nn.Module, pool: ExpertPool):
         self.pool = pool
-        self.index = 0
         self.local = LocalDispatcher(pool.num_slots)
         self.gate: Any = module._apply_gate if pool.spec.has_gate else module.act_fn
         self._few_rows = _few_rows_function(pool, self.gate)
@@ -48,6 +47,10 @@ class MoELayer:
 
     def __call__(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The experts' weighted outputs [T, D] for the router's choice."""
+        if self.parallel is None and self.slot_E is None:
+            out_TD, counts_E = self.run_local(x_TD, ids_TK, weights_TK)
+            self.counts_E += counts_E
+            return out_TD
         flat = ids_TK.reshape(-1)
         padded_E = self.counts_E.new_zeros(self.counts_E.shape[0] + 1)
         self.counts_E += padded_E.scatter_add_(0, flat + 1, torch.ones_like(flat))[1:]
@@ -55,25 +58,28 @@ class MoELayer:
             return self.parallel.run(self, x_TD, ids_TK, weights_TK)
         if self.overlap is not None:
             self.overlap.run()
-        if self.slot_E is not None:
-            ids_TK = self.slot_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
-        return self.run_local(x_TD, ids_TK, weights_TK)
+        assert self.slot_E is not None
+        slots_TK = self.slot_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
+        return self.run_local(x_TD, slots_TK, weights_TK)[0]
 
     def run_local(
         self, x_RD: torch.Tensor, slots_RK: torch.Tensor, weights_RK: torch.Tensor, pairs: int | None = None
-    ) -> torch.Tensor:
-        """Weighted sums [R, D] over the slots of this rank that each row names; -1 adds nothing.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sums [R, D] over the slots of this rank that each row names, and the rows of each slot; -1 adds
+        nothing.
 
         `pairs` is the number of slots named, when it is known to be less than all.
         """
         if not x_RD.shape[0]:
-            return x_RD.new_empty(0, x_RD.shape[1])
+            return x_RD.new_empty(0, x_RD.shape[1]), self.counts_E.new_zeros(self.pool.num_slots)
         pairs = slots_RK.numel() if pairs is None else pairs
         if self._few_rows is not None and pairs <= self.few_rows * self.pool.num_slots:
-            return self._few_rows(x_RD, slots_RK, weights_RK)[0]
+            return self._few_rows(x_RD, slots_RK, weights_RK)
         return self._many_rows(x_RD, slots_RK, weights_RK)
 
-    def _many_rows(self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    def _many_rows(
+        self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Dispatch, one GEMM per expert or a grouped one, combine."""
         pool = self.pool
         if self._compiled:
@@ -91,7 +97,7 @@ class MoELayer:
                 pool.up_bias_SN,
                 pool.down_bias_SD,
             )
-            return combine(y_RD, rows.position_TK, weights_TK)
+            return combine(y_RD, rows.position_TK, weights_TK), rows.counts_E
         if x_TD.device.type == "cpu":
             token_R, counts_S, state = self.local.route(slots_TK, weights_TK)
             y_RD = expert_loop(
@@ -101,7 +107,7 @@ class MoELayer:
             rows_RD, counts_S, state = self.local.dispatch(x_TD, slots_TK, weights_TK)
             h_RI = self.gate(grouped_mm(rows_RD, pool.up_SND, counts_S, pool.up_bias_SN))
             y_RD = grouped_mm(h_RI, pool.down_SDI, counts_S, pool.down_bias_SD)
-        return self.local.combine(y_RD, state)
+        return self.local.combine(y_RD, state), counts_S
 
     def resized(self) -> None:
         """The pool has other tensors now: what was bound to the old ones is made again."""

@@ -69,7 +69,7 @@ class ParallelLayer:
             arrived = chunk.arrive()
             with progress.span("experts"):
                 pairs = int((arrived.slots_RK >= 0).sum()) if x_TD.device.type == "cpu" else None
-                y_RD = layer.run_local(arrived.x_RD, arrived.slots_RK, arrived.weights_RK, pairs)
+                y_RD, _ = layer.run_local(arrived.x_RD, arrived.slots_RK, arrived.weights_RK, pairs)
             del arrived
             chunk.give_back(y_RD)
         out_TD = torch.zeros_like(x_TD)
