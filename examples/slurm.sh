@@ -17,7 +17,8 @@
 set -euo pipefail
 
 model=${1:?usage: sbatch examples/slurm.sh MODEL}
-leader=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# sed reads to the end: head would not, and scontrol, cut off, would end the script.
+leader=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 echo "when it is ready: curl -f http://$leader:8000/ready"
 
 # One task per node: each finds its eight ranks by SLURM_PROCID, and task 0, on the first node, answers HTTP.
