@@ -11,6 +11,24 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+FOR_SEVERAL_RANKS = {
+    "dispatcher": "no token leaves it",
+    "chunks": "no token leaves it",
+    "expert_placement": "it has all experts",
+    "redundant_experts": "it has all experts",
+    "move_bytes": "it has all experts",
+    "balance": "it computes everything",
+    "guest_memory": "it computes everything",
+    "rank_timeout": "it has no others to wait for",
+    "collective_timeout": "it has no others to wait for",
+    "router": "it gets every request",
+    "ttft_target": "it gets every request",
+}
+"""The options that change nothing with one rank, and why. The others about ranks do: a lost one can be started again
+(`on_rank_loss`), and its experts' loads recorded for more ranks (`placement`)."""
+
+BALANCE = ("auto", "priced", "native", "eplb", "resplit", "llep", "moonep", "ultraep", "metro", "tempo")
+
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -105,6 +123,18 @@ class EngineConfig:
         metavar="FILE",
     )
     move_bytes: str = option("256MiB", "most bytes of expert weights that a rank takes in per step", metavar="SIZE")
+    balance: str = option(
+        "auto",
+        "planner that shares out each layer's rows among the ranks, moving weights for it where that pays; auto is"
+        " priced, where tokens go by all-to-all; native leaves every expert at its home; the others are published"
+        " ones, to compare with",
+        choices=BALANCE,
+    )
+    guest_memory: str | None = option(
+        None,
+        "room on each rank for experts of other ranks that it helps with (default: of as many as it has, at most 8)",
+        metavar="SIZE",
+    )
     rank_timeout: float = option(
         10.0, "seconds without a sign of life after which a rank counts as lost", metavar="SECONDS"
     )
@@ -130,6 +160,8 @@ class EngineConfig:
         _check_choices(self)
         if self.ep is not None and self.ep < 1:
             raise ValueError(f"ep is {self.ep}; it must be at least 1")
+        if self.ep == 1:
+            self.check_one_rank()
         if self.redundant_experts < 0:
             raise ValueError(f"redundant_experts is {self.redundant_experts}; it must not be negative")
         if self.cluster_port is not None and not 0 < self.cluster_port <= 65535:
@@ -137,9 +169,23 @@ class EngineConfig:
         for name in ("rank_timeout", "collective_timeout", "ttft_target"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.router != "dualmap" and self.ttft_target != EngineConfig.ttft_target:
+            raise ValueError(
+                f"ttft_target is {self.ttft_target}, but router {self.router} does not look at it; leave it out, or use"
+                " --router dualmap"
+            )
         if self.expert_placement == "replicated" and self.placement is None:
             raise ValueError("expert_placement replicated needs recorded loads; give their file with --placement")
         parse_size(self.move_bytes, "move_bytes")
+        if self.guest_memory is not None:
+            parse_size(self.guest_memory, "guest_memory")
+            if self.balance == "native":
+                raise ValueError("guest_memory is of no use with balance native, which has no guests; leave one out")
+        if self.balance not in ("auto", "native") and self.dispatcher == "all_gather":
+            raise ValueError(
+                f"balance {self.balance} needs to send tokens where a plan says, and dispatcher all_gather sends all to"
+                " every rank; use --dispatcher auto or all_to_all"
+            )
         for name in ("max_num_seqs", "max_batched_tokens", "block_size", "max_model_len", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -153,6 +199,19 @@ class EngineConfig:
             raise ValueError(f"memory_fraction is {self.memory_fraction}; it must be above 0 and at most 1")
         if self.kv_memory is not None:
             parse_size(self.kv_memory, "kv_memory")
+
+    def check_one_rank(self) -> None:
+        """Raises ValueError for an option that changes nothing with one rank and has not its default.
+
+        Called where the number of ranks is known to be 1: `ep` None leaves it to the launcher.
+        """
+        for name, why in FOR_SEVERAL_RANKS.items():
+            value = getattr(self, name)
+            if value != getattr(EngineConfig, name):
+                raise ValueError(
+                    f"{name} is {value}, which changes nothing with one rank: {why}; leave it out, or use --ep 2 or"
+                    " more"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -12,8 +12,9 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from .progress import Progress
+from .sockets import connected_to, cut, open_sockets, opened_since
 
 log = logging.getLogger("moeyard.group")
 
@@ -32,12 +34,18 @@ STORE_TIMEOUT_S = 60.0
 """How long the others may take to come to the store when a group forms."""
 CONNECT_TIMEOUT_S = 5.0
 """How long one attempt to reach the store may take; then messages are looked at."""
+ABORT_TIMEOUT_S = 10.0
+"""How long leaving the group may wait for another thread that is aborting it."""
 
 
 class RankLost(RuntimeError):
-    """The group is broken: an exchange failed or took too long. `phase` names it; `step` and `layer` say where."""
+    """The group is broken: an exchange failed or took too long. `phase` names it; `step` and `layer` say where.
 
-    def __init__(self, progress: Progress, error: BaseException) -> None:
+    `told`: this rank did not find out itself, `RankGroup.abort` ended its exchange.
+    """
+
+    def __init__(self, progress: Progress, error: BaseException, told: bool = False) -> None:
+        self.told = told
         text = str(error).strip().splitlines()
         self.step, self.layer, self.phase = progress.step, progress.layer, progress.phase
         words = text[0] if text else type(error).__name__
@@ -90,7 +98,9 @@ class RankGroup:
 
     `store` is the one that `make_store` gave on the first member, None elsewhere. `timeout_s` bounds every exchange.
     `while_waiting` is called every few milliseconds of a wait that may be long; it raises RuntimeError to end it.
-    Every method that talks to the others raises `RankLost` when one of them does not answer.
+    `on_begin` gets this object before the first wait, so that another thread can `abort` a group that is being formed;
+    connections at `spared_ports` are then not the group's. Every method that talks to the others raises `RankLost` when
+    one of them does not answer, and once the group is `aborted`.
     """
 
     def __init__(
@@ -106,6 +116,8 @@ class RankGroup:
         store: dist.TCPStore | None = None,
         host: str = "127.0.0.1",
         while_waiting: Callable[[], None] = lambda: None,
+        on_begin: Callable[[RankGroup], None] = lambda group: None,
+        spared_ports: Collection[int] = (),
     ) -> None:
         self.epoch = epoch
         self.members = tuple(members)
@@ -116,43 +128,114 @@ class RankGroup:
         self.timeout_s = timeout_s
         self.progress = progress
         self.sent_bytes = 0
+        self.sent_weight_bytes = 0
         self.while_waiting = while_waiting
+        self.aborted = False
         self._closed = False
+        self._leaving = threading.Lock()  # held by whoever aborts or closes
+        self._before = open_sockets()
+        self._store_port = int(address.rpartition(":")[2]) if store is None else store.port
+        self._spared_ports = {*spared_ports, self._store_port}
+        self._sockets: Collection[tuple[int, int]] | None = None  # of the exchanges, once all are connected
+        self._process_group: Any = None
+        self._weights_group: Any = None
+        on_begin(self)
         _choose_interface(host)
+        if device.type == "cuda":
+            # Otherwise torch ends the process when an exchange fails, is aborted or takes too long.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         try:
-            self._store = _reach_store(address, while_waiting) if store is None else store
-            # Torch's own wait for the others cannot be ended: it begins once all are here.
+            self._store = _reach_store(address, self._look) if store is None else store
+            # Torch's own wait for the others begins once all are here.
             self.put("here", 1)
             self.get_all("here", STORE_TIMEOUT_S)
-            dist.init_process_group(
-                backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore(f"epoch{epoch}", self._store),
-                rank=self.position,
-                world_size=self.size,
-                timeout=datetime.timedelta(seconds=timeout_s),
-                device_id=device if device.type == "cuda" else None,
-            )
+            self._connect()
         except RankLost:
             raise
-        except (RuntimeError, OSError, dist.DistError) as error:
+        except Exception as error:
+            if not self.aborted and not isinstance(error, (RuntimeError, OSError, dist.DistError)):
+                raise
             progress.phase = "forming the group"
-            raise RankLost(progress, error) from error
+            raise self._lost(error) from error
+        self._run(lambda: None)  # aborted just now
+
+    def _connect(self) -> None:
+        device = self.device
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"epoch{self.epoch}", self._store),
+            rank=self.position,
+            world_size=self.size,
+            timeout=datetime.timedelta(seconds=self.timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+        self._process_group = dist.group.WORLD
+        # Weights travel beside the tokens' exchanges, not behind them.
+        self._weights_group = dist.new_group(timeout=datetime.timedelta(seconds=self.timeout_s))
+        self._sockets = opened_since(self._before, self._spared_ports)
+
+    def _look(self) -> None:
+        self._run(self.while_waiting)
+
+    def abort(self) -> None:
+        """Ends what another thread waits for in this group, now and from now on: it gets `RankLost`.
+
+        For any thread, and as often as it likes. Never raises, and waits for nobody: only NCCL may take its time.
+        """
+        if not self._leaving.acquire(blocking=False):
+            return  # it is being left
+        try:
+            if self._closed:
+                return
+            first, self.aborted = not self.aborted, True
+            if first and self.device.type == "cuda":
+                self._abort_nccl()
+            sockets = self._sockets
+            if sockets is None:  # still connecting: what that has opened so far, and its way to the store
+                sockets = opened_since(self._before, self._spared_ports) | connected_to(self._store_port)
+            number = cut(sockets)
+            if first:
+                log.debug("left the group of epoch %d: %d connections cut", self.epoch, number)
+        except Exception:
+            log.warning("the group of epoch %d was not aborted; its own time limit ends it", self.epoch, exc_info=True)
+        finally:
+            self._leaving.release()
+
+    def _abort_nccl(self) -> None:
+        """Makes its kernels end. Only the backend: torch's lists of groups are the main thread's."""
+        for group in (self._process_group, self._weights_group):
+            if group is not None:
+                group._get_backend(self.device).abort()
 
     def close(self) -> None:
         """Leaves the group, broken or not. Again is nothing."""
         if self._closed:
             return
         self._closed = True
+        if not self._leaving.acquire(timeout=ABORT_TIMEOUT_S):
+            log.warning("the group of epoch %d is still being aborted", self.epoch)
+            return
         try:
-            if self.device.type == "cuda":
-                # With a peer gone, destroying would wait for kernels that never end.
-                abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
-                if abort is not None:
-                    abort()
-                    return
-            dist.destroy_process_group()
+            # With a peer gone, destroying would wait for NCCL kernels that never end. Aborted, they have.
+            abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+            if self.device.type == "cuda" and not self.aborted and abort is not None:
+                abort()
+            else:
+                dist.destroy_process_group()
         except Exception as error:
             log.debug("the group of epoch %d did not close cleanly: %s", self.epoch, error)
+        finally:
+            self._leaving.release()
+
+    def settle(self) -> None:
+        """On a GPU: waits for all that is enqueued, and raises RankLost when it cannot be trusted.
+
+        There an exchange that was aborted is no error: what follows goes on, with anything in its buffers. Call it
+        before results leave the device. On a CPU the exchange itself has raised.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self._run(lambda: None)
 
     # Small exchanges of plain values
 
@@ -216,6 +299,15 @@ class RankGroup:
             lambda: dist.all_to_all_single(out, rows_RB, list(receives), list(sends), async_op=True)
         )
 
+    def send_weights(self, position: int, packed: torch.Tensor) -> Pending:
+        """Starts sending a vector, beside other exchanges; sends and receives between two ranks keep their order."""
+        self.sent_weight_bytes += packed.nbytes
+        return self._start(lambda: dist.isend(packed, position, group=self._weights_group))
+
+    def receive_weights(self, position: int, packed: torch.Tensor) -> Pending:
+        """Starts receiving what `send_weights` sends here; `packed` may be read after the wait."""
+        return self._start(lambda: dist.irecv(packed, position, group=self._weights_group))
+
     def exchange_flat(
         self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]
     ) -> None:
@@ -228,17 +320,29 @@ class RankGroup:
             works = self._run(lambda: dist.batch_isend_irecv(ops))
             for work in works:
                 self._run(work.wait)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self.settle()
 
     def _start(self, operation: Callable[[], Any]) -> Pending:
         return Pending(self, self._run(operation))
 
     def _run(self, operation: Callable[[], Any]) -> Any:
+        """`operation()`, with its failure, and an abort, as RankLost."""
         try:
-            return operation()
-        except (RuntimeError, dist.DistError) as error:
-            raise RankLost(self.progress, error) from error
+            if not self.aborted:
+                value = operation()
+                if not self.aborted:
+                    return value
+        except Exception as error:
+            # Torch has several words for a group that another thread has aborted.
+            if not self.aborted and not isinstance(error, (RuntimeError, dist.DistError)):
+                raise
+            raise self._lost(error) from error
+        raise self._lost(None)
+
+    def _lost(self, error: BaseException | None) -> RankLost:
+        if self.aborted or error is None:
+            error = RuntimeError("the front end said that the group is broken")
+        return RankLost(self.progress, error, told=self.aborted)
 
 
 class Pending:

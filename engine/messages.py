@@ -12,7 +12,8 @@ breaks says `Broken` and waits for the `Form` of the next epoch, which it answer
 ends with `Shutdown` from the one side or `Fatal` from the other.
 
 Beside that each of several ranks has a second connection for `Beat`, from a thread that goes on while the rank
-computes; each is answered by `Heard`. A node that only starts ranks says `NodeHello` and `Ended`, and takes `Kill`.
+computes; each is answered by `Heard`, which also says when the group is broken. A node that only starts ranks says
+`NodeHello` and `Ended`, and takes `Kill`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
-VERSION = 2
+VERSION = 3
 MAX_BYTES = 64 * 2**20
 
 
@@ -117,10 +118,15 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Heard:
-    """Answer to `Beat`: its `clock`, and this side's when it came (nanoseconds, monotonic)."""
+    """Answer to `Beat`: its `clock`, and this side's when it came (nanoseconds, monotonic).
+
+    `broken` is the newest epoch that is known to be broken, 0 when there is none: a rank that is still in it, or in an
+    older one, is to leave it in the middle of whatever exchange it waits in.
+    """
 
     clock: int
     heard: int
+    broken: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +175,17 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class Broken:
-    """The group of `epoch` broke in this rank's hands: where it was, and what the collective said."""
+    """The group of `epoch` broke in this rank's hands: where it was, and what the collective said.
+
+    `told`: it left because `Heard` said so, and knows nothing of the reason.
+    """
 
     epoch: int
     step: int
     layer: int
     phase: str
     error: str
+    told: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +278,8 @@ class Stats:
     `expert_counts` is tokens per [MoE layer][expert] since the start, this rank's tokens alone, sent when it changed,
     else None. `sent_rows` are hidden vectors that went to other ranks' experts and `least_rows` the fewest that could
     (each token once per distinct other rank); `sent_bytes` all bytes that dispatch and combine sent; `moved_bytes`
-    those of expert weights. The times are what one of several ranks spent in each part of its steps
+    those of expert weights that the placement moved. What begins with `balance_` is about layers that were planned
+    (`balance.BalanceFigures`). The times are what one of several ranks spent in each part of its steps
     (`progress.PHASES`), and in steps altogether.
     """
 
@@ -289,6 +300,16 @@ class Stats:
     moved_bytes: int = 0
     steps_all_gather: int = 0
     steps_all_to_all: int = 0
+    balance_layers: int = 0
+    balance_acted: int = 0
+    balance_plan_ns: int = 0
+    balance_native_ns: int = 0
+    balance_modelled_ns: int = 0
+    balance_ideal_ns: int = 0
+    balance_moved_bytes: int = 0
+    balance_transfers: int = 0
+    balance_parts: int = 0
+    balance_split_experts: int = 0
     attention_ns: int = 0
     plan_ns: int = 0
     dispatch_ns: int = 0

@@ -15,25 +15,21 @@ import os
 import signal
 import sys
 import time
-import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import zmq
 
 from .config import EngineConfig
+from .connection import Connection, LostFrontEnd
 from .messages import (
     MAX_BYTES,
     Abort,
-    Broken,
     Configure,
     Fatal,
     Form,
     Hello,
-    Joined,
-    MessageError,
     Ping,
     Place,
     Pong,
@@ -45,8 +41,6 @@ from .messages import (
     Tokens,
     VersionError,
     Wake,
-    decode,
-    encode,
     pack_delta,
 )
 from .wire import address_of_this_machine, set_heartbeat
@@ -56,10 +50,6 @@ if TYPE_CHECKING:
 
 CONFIGURE_TIMEOUT_S = 60.0
 """How long the front end may take to answer `Hello`."""
-IDLE_POLL_MS = 1000
-"""Longest sleep without work; then the parent process is looked at."""
-SEND_TIMEOUT_S = 60.0
-"""How long a message may wait for a front end that does not read."""
 FATAL_LINGER_S = 5.0
 """How long the last message may take to leave."""
 STATS_INTERVAL_S = 0.25
@@ -110,30 +100,18 @@ class Ranked(EngineLike, Protocol):
     def take_reports(self) -> list[Any]: ...
 
 
-class LostFrontEnd(RuntimeError):
-    """The front end is gone or does not answer: nobody is left to work for."""
-
-
 class Worker:
-    """The loop between a connected socket and an engine made by `factory`. `parent` is the pid to live as long as."""
+    """The loop between a connection and an engine made by `factory`.
 
-    def __init__(
-        self,
-        socket: zmq.Socket[bytes],
-        factory: EngineFactory,
-        parent: int | None,
-        rank: Rank | None = None,
-        endpoint: str = "",
-    ) -> None:
-        self._socket = socket
+    `patient`: wait for the front end as long as it takes, as its parent will end this process when that does not come.
+    """
+
+    def __init__(self, connection: Connection, factory: EngineFactory, patient: bool, rank: Rank | None = None) -> None:
+        self._connection = connection
         self._factory = factory
-        self._parent = parent
+        self._patient = patient
         self._rank = rank or Rank()
-        self._endpoint = endpoint
         self._seating: Seating | None = None
-        self._deferred: deque[Any] = deque()
-        # Between machines a lost connection comes back by itself, but what was on it is gone: that is the end.
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) if endpoint.startswith("tcp://") else None
         self._changed = False  # since the last Stats
         self._stats_at = self._experts_at = -float("inf")
 
@@ -150,36 +128,17 @@ class Worker:
             self._fatal(f"{type(error).__name__}: {error}")
         return 1
 
-    def close(self) -> None:
-        if self._monitor is not None:
-            self._socket.disable_monitor()
-            self._monitor.close(0)
-
     def _serve(self) -> int:
-        from .. import __version__
-
-        host = address_of_this_machine(self._endpoint)
-        self._send(Hello(pid=os.getpid(), version=__version__, rank=self._rank.number, host=host))
-        first = self._receive(CONFIGURE_TIMEOUT_S)
-        while first is None and self._parent is not None:
-            # The first node may come much later. The parent waits for it, `start_timeout`, and then ends this process.
-            first = self._receive(CONFIGURE_TIMEOUT_S)
-        if isinstance(first, Shutdown):
-            return 0
-        if not isinstance(first, Configure):
-            raise LostFrontEnd(f"no configuration from the front end within {CONFIGURE_TIMEOUT_S:g} s")
         try:
-            config = EngineConfig(**first.config)
-            if (config.ep or 1) > 1:
-                engine = self._start_ranked(config, first)
-                if engine is None:
-                    return 0
-            else:
-                engine = self._factory(config)
+            engine = self._start()
+        except VersionError:
+            raise
         except ValueError as error:  # the user's: a bad checkpoint, an option that this machine cannot honour
             log.debug("the engine was refused", exc_info=True)
             self._fatal(str(error), user=True)
             return 1
+        if engine is None:
+            return 0
         self._send(
             Ready(
                 max_model_len=engine.max_model_len,
@@ -189,13 +148,15 @@ class Worker:
             )
         )
         while True:
-            while (message := self._receive(0)) is not None:
+            while (message := self._connection.receive(0)) is not None:
                 if isinstance(message, Shutdown):
                     return 0
                 self._handle(engine, message)
-            self._check_parent()
-            if self._seating is not None and self._seating.form is not None and not self._regroup(engine):
-                return 0
+            self._connection.check()
+            if self._seating is not None and self._seating.form is not None:
+                self._changed = True
+                if not self._seating.go_on(cast(Ranked, engine), lambda message: self._handle(engine, message)):
+                    return 0
             if engine.has_work:
                 self._changed = True
                 if not self._step(engine):
@@ -203,7 +164,32 @@ class Worker:
                 self._report(engine, idle=not engine.has_work)
             else:
                 self._report(engine, idle=True)
-                self._socket.poll(IDLE_POLL_MS)
+                self._connection.idle()
+
+    def _start(self) -> EngineLike | None:
+        """The engine as the front end configures it; None when that says `Shutdown` meanwhile."""
+        from .. import __version__
+
+        endpoint = self._connection.endpoint
+        host = address_of_this_machine(endpoint)
+        self._send(Hello(pid=os.getpid(), version=__version__, rank=self._rank.number, host=host))
+        first = self._connection.receive(CONFIGURE_TIMEOUT_S)
+        while first is None and self._patient:  # the first node may come much later
+            first = self._connection.receive(CONFIGURE_TIMEOUT_S)
+        if isinstance(first, Shutdown):
+            return None
+        if not isinstance(first, Configure):
+            raise LostFrontEnd(f"no configuration from the front end within {CONFIGURE_TIMEOUT_S:g} s")
+        config = EngineConfig(**first.config)
+        if (config.ep or 1) == 1:
+            return self._factory(config)
+        from .seating import Seating
+
+        # Only now: before the front end is there its name may be unknown, as of a pod that does not run yet.
+        host = address_of_this_machine(endpoint)
+        self._seating = Seating(config, self._rank, host, self._connection)
+        self._seating.start_heartbeat()
+        return self._seating.load(self._factory, first)
 
     def _step(self, engine: EngineLike) -> bool:
         """One step; False when the end has come while a broken group waited for the next."""
@@ -217,7 +203,7 @@ class Worker:
         try:
             self._send_deltas(engine.step())
         except RankLost as lost:
-            return self._broken(engine, lost)
+            return self._seating.leave(cast(Ranked, engine), lost, lambda message: self._handle(engine, message))
         for report in engine.take_reports():  # type: ignore[attr-defined]
             self._send(report)
         return True
@@ -225,111 +211,6 @@ class Worker:
     def _send_deltas(self, deltas: list[TokenDelta]) -> None:
         if deltas:
             self._send(Tokens(deltas=[pack_delta(delta) for delta in deltas]))
-
-    # One of several ranks
-
-    def _start_ranked(self, config: EngineConfig, configure: Configure) -> EngineLike | None:
-        """Joins the first group and loads; None when the front end says `Shutdown` meanwhile."""
-        from .seating import Seating
-
-        # Only now: before the front end is there its name may be unknown, as of a pod that does not run yet.
-        host = address_of_this_machine(self._endpoint)
-        self._seating = seating = Seating(config, self._rank, host, self._endpoint)
-        seating.while_waiting = self._while_waiting
-        seating.start_heartbeat()
-        if not self._wait_for_group(None):
-            return None
-        self._send(Joined(epoch=seating.group.epoch))
-        return self._factory(config, seat=seating.seat(configure))
-
-    def _while_waiting(self) -> None:
-        """In the middle of a long wait for another rank: news of yet another loss ends the wait."""
-        while self._socket.poll(0):
-            message = self._receive(0, deferred=False)
-            if isinstance(message, Shutdown):
-                log.info("told to stop while waiting for the other ranks")
-                os._exit(0)
-            if isinstance(message, Ping):
-                self._send(Pong(number=message.number))
-            elif message is not None:
-                self._deferred.append(message)
-                if isinstance(message, Wake | Form):
-                    raise RuntimeError("another rank was lost while this one waited")
-        self._check_parent()
-
-    def _broken(self, engine: EngineLike, lost: Any) -> bool:
-        seating = self._seating
-        assert seating is not None
-        while (message := self._receive(0, deferred=False)) is not None:
-            self._deferred.append(message)
-        if any(isinstance(message, Shutdown) for message in self._deferred):
-            return False  # the others were told to end, too
-        log.warning("%s", lost)
-        self._say_broken(seating.group, lost)
-        return self._regroup(engine)
-
-    def _say_broken(self, group: Any, lost: Any) -> None:
-        """Leaves the group, so that no other rank waits for this one, and tells the front end.
-
-        Gloo closes the connections when nothing holds an exchange any more, and the error's frames do: with four ranks
-        in a ring, two would otherwise wait for each other until their timeout.
-        """
-        error: BaseException | None = lost
-        while error is not None:
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__ or error.__context__
-        group.close()
-        self._send(Broken(epoch=group.epoch, step=lost.step, layer=lost.layer, phase=lost.phase, error=lost.reason))
-
-    def _regroup(self, engine: EngineLike) -> bool:
-        """Goes on in the next group, or the one after when that breaks too; False on `Shutdown`."""
-        from .group import RankLost
-
-        seating = self._seating
-        assert seating is not None
-        while True:
-            if not self._wait_for_group(engine):
-                return False
-            try:
-                tables = engine.join(seating.group)  # type: ignore[attr-defined]
-            except RankLost as lost:
-                self._say_broken(seating.group, lost)
-                continue
-            self._changed = True
-            self._send(Joined(epoch=seating.group.epoch, tables=tables))
-            return True
-
-    def _wait_for_group(self, engine: EngineLike | None) -> bool:
-        """Takes `Form` messages until this rank is in a group; other messages as usual. False on `Shutdown`."""
-        from .group import RankLost
-
-        seating = self._seating
-        assert seating is not None
-        deadline = time.monotonic() + seating.form_timeout_s
-        while True:
-            while seating.form is None:
-                message = self._receive(1.0)
-                if isinstance(message, Shutdown):
-                    return False
-                if isinstance(message, Form):
-                    seating.form = message
-                elif message is not None and engine is not None:
-                    self._handle(engine, message)
-                elif message is not None and not isinstance(message, Wake):
-                    log.error("dropped a %s before the group was formed", type(message).__name__)
-                if time.monotonic() > deadline:
-                    raise LostFrontEnd(f"no group was formed within {seating.form_timeout_s:g} s")
-            form, seating.form = seating.form, None
-            try:
-                answer = seating.take(form)
-            except RankLost as lost:
-                self._send(
-                    Broken(epoch=form.epoch, step=lost.step, layer=lost.layer, phase=lost.phase, error=lost.reason)
-                )
-                continue
-            if answer is None:
-                return True
-            self._send(answer)
 
     def _handle(self, engine: EngineLike, message: Any) -> None:
         if isinstance(message, Submit):
@@ -376,45 +257,14 @@ class Worker:
             self._experts_at = now if experts else self._experts_at
             self._changed = not idle
 
-    def _receive(self, timeout_s: float, deferred: bool = True) -> Any:
-        """The next message, or None when there is none in time. What cannot be read is logged and dropped."""
-        if deferred and self._deferred:
-            return self._deferred.popleft()
-        deadline = time.monotonic() + timeout_s
-        while True:
-            left_ms = max(0, int((deadline - time.monotonic()) * 1000))
-            if not self._socket.poll(min(left_ms, IDLE_POLL_MS)):
-                self._check_parent()
-                if left_ms <= IDLE_POLL_MS:
-                    return None
-                continue
-            try:
-                return decode(self._socket.recv())
-            except VersionError:
-                raise
-            except MessageError as error:
-                log.error("dropped a message: %s", error)
-
     def _send(self, message: Any) -> None:
-        data = encode(message)
-        deadline = time.monotonic() + SEND_TIMEOUT_S
-        while not self._socket.poll(IDLE_POLL_MS, zmq.POLLOUT):
-            self._check_parent()
-            if time.monotonic() > deadline:
-                raise LostFrontEnd(f"the front end has read nothing for {SEND_TIMEOUT_S:g} s")
-        self._socket.send(data)
+        self._connection.send(message)
 
     def _fatal(self, error: str, user: bool = False) -> None:
         try:
             self._send(Fatal(error=error, user=user))
         except LostFrontEnd as lost:
             log.error("%s; it does not know that: %s", lost, error)
-
-    def _check_parent(self) -> None:
-        if self._parent is not None and os.getppid() != self._parent:
-            raise LostFrontEnd(f"the process that started this one ({self._parent}) is gone")
-        if self._monitor is not None and self._monitor.poll(0):
-            raise LostFrontEnd(f"the connection to the front end at {self._endpoint} was lost")
 
 
 def run(endpoint: str, factory: EngineFactory, parent: int | None = None, rank: Rank | None = None) -> int:
@@ -428,11 +278,11 @@ def run(endpoint: str, factory: EngineFactory, parent: int | None = None, rank: 
     set_heartbeat(socket, endpoint)
     try:
         socket.connect(endpoint)
-        worker = Worker(socket, factory, parent, rank, endpoint)
+        connection = Connection(socket, parent, endpoint)
         try:
-            return worker.run()
+            return Worker(connection, factory, patient=parent is not None, rank=rank).run()
         finally:
-            worker.close()
+            connection.close()
     finally:
         socket.close()
         context.term()

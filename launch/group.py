@@ -170,7 +170,7 @@ class EngineGroup:
         self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
             self._check(config, size)
-            endpoint = self._launcher.start()
+            endpoint = await self._launch()
             if endpoint.startswith("ipc:") and len(self._launcher.ranks) < size:
                 raise ValueError(f"ep is {size}, but only {ranks_text(self._launcher.ranks)} can come to {endpoint}")
             self._wires = Wires(endpoint)
@@ -186,6 +186,19 @@ class EngineGroup:
             await self.close()
             raise
         return dict(self._ready)
+
+    async def _launch(self) -> str:
+        if not self._launcher.slow_start:
+            return self._launcher.start()
+        try:
+            endpoint = await asyncio.to_thread(self._launcher.start)
+        except Exception as error:
+            if self._closing:
+                raise EngineError(self._closed or "the engine is stopped") from error
+            raise
+        if self._closing:  # it was done just before
+            raise EngineError(self._closed or "the engine is stopped")
+        return endpoint
 
     def send(self, rank: int, message: Any) -> None:
         """Sends now. Raises MessageError for what cannot be encoded; to a rank that is lost nothing is sent."""
@@ -221,10 +234,16 @@ class EngineGroup:
             while time.monotonic() < deadline and told - self._launcher.ended().keys():
                 await asyncio.sleep(0.01)
         self._closed = self.dead_reason or "the engine is stopped"
-        self._launcher.stop(0)
-        wires, self._wires = self._wires, None
-        if wires is not None:
-            wires.close(NODE_LINGER_S if self._nodes else 0)
+        try:
+            if self._launcher.slow_start:
+                # Of a start in a thread, too, which cannot be cancelled. Nor can this be.
+                await asyncio.shield(asyncio.to_thread(self._launcher.stop, 0))
+            else:
+                self._launcher.stop(0)
+        finally:
+            wires, self._wires = self._wires, None
+            if wires is not None:
+                wires.close(NODE_LINGER_S if self._nodes else 0)
 
     def _check(self, config: EngineConfig, size: int) -> None:
         own = self._launcher.ranks
@@ -320,7 +339,9 @@ class EngineGroup:
             # The fastest message came with the least delay: the offset is at most this.
             offset = heard - message.clock
             self.clock_offset_ns[rank] = min(offset, self.clock_offset_ns.get(rank, offset))
-            self._post(f"beat-{rank}", encode(Heard(clock=message.clock, heard=heard)))
+            assert self._membership is not None
+            answer = Heard(clock=message.clock, heard=heard, broken=self._membership.broken)
+            self._post(f"beat-{rank}", encode(answer))
         elif isinstance(message, Ready):
             self._ready[rank] = message
             self.tables = message.info.get("tables") or self.tables

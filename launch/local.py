@@ -25,13 +25,16 @@ class Launcher(Protocol):
     """How the front end gets the processes of ranks, wherever they run.
 
     `ranks` are those that this launcher starts; the others of the group come by themselves, from other nodes.
-    `can_restart` says whether `restart` works.
+    `can_restart` says whether `restart` works. `slow_start`: `start` may take long, and is made to be called in a
+    thread; `stop` in another makes it end soon, and waits for that.
     """
 
     @property
     def ranks(self) -> tuple[int, ...]: ...
     @property
     def can_restart(self) -> bool: ...
+    @property
+    def slow_start(self) -> bool: ...
 
     def start(self) -> str:
         """Starts the ranks and returns the endpoint for the caller to bind."""
@@ -60,6 +63,7 @@ class LocalLauncher:
     """
 
     can_restart = True
+    slow_start = False  # a rank dies with the thread that started it
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
 """Who is in the group of ranks: evidence goes in, actions come out, and time is a number that the caller passes.
 
 A rank comes (`Hello`), is configured, joins the group of an epoch, loads, and serves. When a rank is lost the epoch is
-broken: every other member must notice (`Broken`) or be ended, and then the next epoch is formed, from those that are
-left or with the lost ones started again. Every wait here has a bound; what does not keep it is ended.
+broken: every other member is told (`Membership.broken`) and must leave it (`Broken`) or be ended, and then the next
+epoch is formed, from those that are left or with the lost ones started again. Every wait here has a bound; what does
+not keep it is ended.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class _Break:
     members: tuple[int, ...]
     losses: list[str] = field(default_factory=list)
     told: int = 0  # of `losses`
-    broken: Broken | None = None  # the latest
+    broken: Broken | None = None  # the latest of a rank that found out by itself
     told_broken: bool = False
     opened_with: int = 0  # how many of `losses` were known when the group was last formed
 
@@ -242,6 +243,13 @@ class Membership:
         return rank in self._ranks and self._ranks[rank].here
 
     @property
+    def broken(self) -> int:
+        """The newest epoch that is broken and that a rank may still be in; 0 when there is none."""
+        if self.state != "recovering":
+            return 0
+        return self.epoch if self._phase == "gather" else self.epoch - 1
+
+    @property
     def alone(self) -> bool:
         """Whether the group is one rank, which needs no others and no heartbeat."""
         return not self._grouped
@@ -361,7 +369,8 @@ class Membership:
         if entered_anew:
             self._rouse()
         assert self._break is not None
-        self._break.broken = message
+        if self._break.broken is None or not message.told:
+            self._break.broken = message
 
     def _start_break(self, now: float) -> None:
         """The epoch is broken: back to waiting until everybody is out of it."""

@@ -22,6 +22,8 @@ REACH_TIMEOUT_S = 5.0
 """How long a cluster's address may take to answer."""
 PLACE_TIMEOUT_S = 60.0
 """How long an existing cluster may take to find room: nodes may still be joining, or another job ending."""
+LOOK_S = 1
+"""How often it is seen whether a start that waits is to be stopped; Ray counts whole seconds."""
 KILL_TIMEOUT_S = 2.0
 """How long an actor may take to kill its rank, before the actor is killed itself."""
 
@@ -44,7 +46,7 @@ class RayLauncher:
     `env` laid over it. Ray's record of CPUs only decides where ranks go: how many threads each uses is for the options.
     """
 
-    can_restart = True
+    can_restart = slow_start = True
 
     def __init__(
         self,
@@ -64,6 +66,8 @@ class RayLauncher:
         self._address = address or os.environ.get("RAY_ADDRESS") or None
         self._env = {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ} | dict(env or {})
         self._module = worker_module
+        self._lock = threading.RLock()  # held by `start` and by `stop`
+        self._stopping = threading.Event()
         self._ray: Any = None  # the module, from `start` to `stop`
         self._connected = False  # by us
         self._group: Any = None
@@ -78,26 +82,33 @@ class RayLauncher:
         """Starts the ranks and returns the endpoint for the caller to bind. Blocks for seconds.
 
         Raises ValueError when Ray is not installed, the cluster does not answer or lacks what was asked for, or the
-        port is in use.
+        port is in use, and when `stop` is called meanwhile.
         """
         assert self._ray is None, "started twice"
         # Ray reads this when it is imported. Lines of different ranks that look alike are not repetitions.
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-        try:
-            import ray
-        except ImportError as error:
-            raise ValueError(f'launcher ray needs Ray ({error}); pip install "moeyard[ray]"') from None
-        self._ray = ray
-        try:
-            alone = self._connect()
-            self._place(alone)
-            self._endpoint = _endpoint("127.0.0.1" if alone else ray.util.get_node_ip_address(), self._port)
-            for rank in self.ranks:
-                self._spawn(rank)
-        except BaseException:
-            self.stop(0)
-            raise
-        return self._endpoint
+        with self._lock:
+            try:
+                import ray
+            except ImportError as error:
+                raise ValueError(f'launcher ray needs Ray ({error}); pip install "moeyard[ray]"') from None
+            self._go_on()
+            self._ray = ray
+            try:
+                alone = self._connect()
+                self._place(alone)
+                self._endpoint = _endpoint("127.0.0.1" if alone else ray.util.get_node_ip_address(), self._port)
+                for rank in self.ranks:
+                    self._spawn(rank)
+                self._go_on()
+            except BaseException:
+                self._stop(0)
+                raise
+            return self._endpoint
+
+    def _go_on(self) -> None:
+        if self._stopping.is_set():
+            raise ValueError("ray: the start was stopped")
 
     def ended(self) -> dict[int, str]:
         """How each rank ended that did. Does not block."""
@@ -122,7 +133,15 @@ class RayLauncher:
         self._spawn(rank)
 
     def stop(self, timeout: float) -> None:
-        """Waits `timeout` seconds for all to end, then makes them end; removes what they left. Again is nothing."""
+        """Waits `timeout` seconds for all to end, then makes them end; removes what they left. Again is nothing.
+
+        In another thread than `start`, waits for that: it ends at its next look, or when Ray has connected.
+        """
+        self._stopping.set()
+        with self._lock:
+            self._stop(timeout)
+
+    def _stop(self, timeout: float) -> None:
         ray = self._ray
         if ray is None:
             return
@@ -190,8 +209,11 @@ class RayLauncher:
                 raise ValueError(self._lack())
             log.warning("%s; waiting %g s for more", self._lack(), PLACE_TIMEOUT_S)
         self._group = ray.util.placement_group([self._bundle] * len(self.ranks), strategy="PACK")
-        if not self._group.wait(PLACE_TIMEOUT_S):
-            raise ValueError(self._lack())
+        deadline = time.monotonic() + PLACE_TIMEOUT_S
+        while not self._group.wait(LOOK_S):
+            self._go_on()
+            if time.monotonic() > deadline:
+                raise ValueError(self._lack())
         nodes = _nodes(self._group)
         here = ray.get_runtime_context().get_node_id()
         self._bundle_of = sorted(range(len(nodes)), key=lambda bundle: (nodes[bundle] != here, nodes[bundle], bundle))

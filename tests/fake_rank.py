@@ -6,11 +6,13 @@ It does what files in $FAKE_DIR and its options in $FAKE_RANKS (JSON, `{"rank": 
 words, rank N follows them:
     hush    no heartbeats        deaf   takes no messages      stuck   never says Broken     break  says Broken once
     fatal   says Fatal and ends  exit   ends with code 5       garbage sends what is no message
+    numb    does not notice dead peers
 Options at start: `version`, `number` (the rank that it calls itself), `die_at` ("configure", "store", "form",
 "load"), `no_hello`, `no_store`, `no_join`, `refuse` (a user's error), `old_wire` (speaks another protocol version),
 `once` (the options hold for the first process of this rank only).
 
-Like a rank that waits in an exchange, it notices a dead peer only when it has been woken.
+Like a rank that waits in an exchange, it notices a dead peer only when it has been woken; that the front end says that
+the group is broken it notices always.
 """
 
 import argparse
@@ -47,6 +49,7 @@ class FakeRank:
         self.beat = self.connect(args.connect, f"beat-{self.rank}")
         self.beats = self.loaded = self.woken = False
         self.epoch = 0
+        self.broken = 0
         self.peers = {}
         self.tables = None
         self.beat_at = 0.0
@@ -112,7 +115,9 @@ class FakeRank:
             beat = m.Beat(rank=self.rank, step=STEP, layer=LAYER, phase="wait", clock=time.monotonic_ns())
             self.beat.send(m.encode(beat))
         while self.beat.poll(0):
-            assert isinstance(m.decode(self.beat.recv()), m.Heard)
+            answer = m.decode(self.beat.recv())
+            assert isinstance(answer, m.Heard)
+            self.broken = max(self.broken, answer.broken)
 
     def take(self, message):
         name = type(message).__name__
@@ -167,13 +172,16 @@ class FakeRank:
         if not self.epoch or "stuck" in words:
             return
         error = "I was told so" if "break" in words else ""
-        if self.woken:
+        told = not error and self.broken >= self.epoch
+        if told:
+            error = "the front end said so"
+        elif self.woken and "numb" not in words:
             dead = [rank for rank, pid in self.peers.items() if not alive(pid)]
             error = error or (f"connection closed by rank {dead[0]}" if dead else "")
         if error:
             if "break" in words:
                 (DIRECTORY / f"do-{self.rank}").unlink()
-            self.say(m.Broken(epoch=self.epoch, step=STEP, layer=LAYER, phase="wait", error=error))
+            self.say(m.Broken(epoch=self.epoch, step=STEP, layer=LAYER, phase="wait", error=error, told=told))
             self.epoch = 0
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -42,7 +43,8 @@ class Running:
         env = {"FAKE_DIR": str(tmp_path), "FAKE_RANKS": json.dumps(behave)}
         self.launcher = LocalLauncher(ranks=ranks or range(ep), command=PROGRAM, env=env, connect=endpoint)
         self.timeout = options.pop("start_timeout", BOUND_S)
-        self.config = EngineConfig(**{"ep": ep, "rank_timeout": 1.0, "collective_timeout": 1.5} | options)
+        limits = {"rank_timeout": 1.0, "collective_timeout": 1.5} if ep > 1 else {}
+        self.config = EngineConfig(**{"ep": ep} | limits | options)
         self.heard = []
         self.group = EngineGroup(
             self.launcher,
@@ -168,7 +170,7 @@ async def test_wakes_of_one_round_are_one_message(tmp_path):
         ({"behave": {"2": {"die_at": "load"}}}, EngineError, r"^rank 2 was lost before it had loaded \(exit code"),
         ({"behave": {"1": {"refuse": True}}}, ValueError, "^model: the checkpoint is not good; get another$"),
         ({"behave": {"1": {"version": "0.0.0"}}}, EngineError, r"^rank 1 is version 0\.0\.0, the front end \d"),
-        ({"behave": {"1": {"old_wire": True}}}, EngineError, "^rank 1 is of another build: message version 1; this"),
+        ({"behave": {"1": {"old_wire": True}}}, EngineError, "^rank 1 is of another build: message version 2; this"),
         ({"behave": {"1": {"no_hello": True}}, "start_timeout": 1.0}, EngineError, "^rank 1 did not come within start"),
         ({"behave": {"1": {"number": 2}}, "start_timeout": 1.0}, EngineError, "^rank 1 did not come within start"),
         ({"behave": {"0": {"no_store": True}}, "start_timeout": 1.0}, EngineError, "^ranks 0, 1, 2 did not load"),
@@ -253,6 +255,79 @@ async def test_strangers_are_told_once_and_do_no_harm(tmp_path, caplog):
     assert max(told.values()) == 1, told
 
 
+class SlowLauncher:
+    """Blocks in `start` until it is stopped or may go on, as Ray does while it looks for room."""
+
+    can_restart = slow_start = True
+
+    def __init__(self, launcher):
+        self.launcher, self.ranks = launcher, launcher.ranks
+        self.begun, self.go, self.stopping = threading.Event(), threading.Event(), threading.Event()
+        self.threads = []
+        self.lock = threading.Lock()
+
+    def start(self):
+        with self.lock:
+            self.threads.append(threading.current_thread())
+            self.begun.set()
+            deadline = time.monotonic() + BOUND_S
+            while not self.go.wait(0.01):
+                if self.stopping.is_set():
+                    raise ValueError("it was stopped")
+                assert time.monotonic() < deadline
+            return self.launcher.start()
+
+    def stop(self, timeout):
+        self.stopping.set()
+        with self.lock:
+            self.launcher.stop(timeout)
+
+    def __getattr__(self, name):
+        return getattr(self.launcher, name)
+
+
+def slow(tmp_path, ep=2):
+    it = Running(tmp_path, ep)
+    it.group._launcher = SlowLauncher(it.launcher)
+    return it, it.group._launcher
+
+
+@in_loop
+async def test_a_launcher_that_is_slow_does_not_hold_up_the_loop(tmp_path):
+    it, launcher = slow(tmp_path)
+    start = asyncio.create_task(it.group.start(it.config, BOUND_S))
+    await it.until(launcher.begun.is_set)
+    assert it.group.state == "loading"  # and this test goes on
+    launcher.go.set()
+    assert sorted(await start) == [0, 1]
+    assert launcher.threads != [threading.current_thread()]
+    await it.group.close()
+    assert it.launcher.ended() == dict.fromkeys(range(2), "exit code 0")
+
+
+@pytest.mark.parametrize("how", ["cancel", "close", "cancel at the last moment"])
+def test_the_end_while_a_slow_launcher_starts_leaves_nothing(tmp_path, how):
+    async def go():
+        it, launcher = slow(tmp_path)
+        start = asyncio.create_task(it.group.start(it.config, BOUND_S))
+        await it.until(launcher.begun.is_set)
+        if how == "close":
+            await it.group.close()
+            with pytest.raises(EngineError, match="the engine is stopped"):
+                await start
+        else:
+            if how != "cancel":
+                launcher.go.set()
+            start.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await start
+        assert launcher.stopping.is_set() and not launcher.lock.locked() and it.group.state == "dead"
+        await it.group.close()
+        assert all(not psutil.pid_exists(pid) for pid in it.launcher.pids.values())
+
+    asyncio.run(go())
+
+
 # When a rank dies
 
 
@@ -321,6 +396,18 @@ def test_a_rank_that_fails_alive(tmp_path, words, why):
             await it.answers()
 
     asyncio.run(go())
+
+
+@in_loop
+async def test_ranks_that_do_not_notice_are_told(tmp_path):
+    """As when a machine vanishes: their connections to it do not end."""
+    async with Running(tmp_path, 3, collective_timeout=1000.0) as it:
+        for rank in (0, 2):
+            it.tell(rank, "numb")
+        it.signal(1)
+        await it.serving_again()
+        assert it.group.members == (0, 2) and f"rank 1 was lost (killed by SIGKILL) {WHERE}" in it.group.trouble
+        await it.answers()
 
 
 @in_loop

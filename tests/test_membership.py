@@ -32,8 +32,8 @@ def beat(rank, step=17, layer=3, phase="wait"):
     return Beat(rank=rank, step=step, layer=layer, phase=phase, clock=0)
 
 
-def broken(epoch=1, step=17, layer=3, error="closed"):
-    return Broken(epoch=epoch, step=step, layer=layer, phase="wait", error=error)
+def broken(epoch=1, step=17, layer=3, error="closed", told=False):
+    return Broken(epoch=epoch, step=step, layer=layer, phase="wait", error=error, told=told)
 
 
 class Script:
@@ -302,6 +302,43 @@ def test_another_loss_while_forming_starts_over(moment):
     assert script.it.trouble.count("was lost") == 2
 
 
+def test_the_others_are_told_which_epoch_is_broken():
+    script = Script(4)
+    script.hello(0)
+    assert script.it.broken == 0
+    script = Script(4).serve()
+    assert script.it.broken == 0
+    script.ended({3: "killed by SIGKILL"})
+    assert script.it.broken == 0  # who knows what it still says
+    script.beats([0, 1, 2])
+    script.after(LAST_WORDS_S)
+    assert script.it.broken == 1
+    script.says({r: broken(told=True) for r in (0, 1, 2)})
+    assert script.it.epoch == 2 and script.it.broken == 1  # the next is being formed
+    script.message(0, Store(epoch=2, address="host:1"))
+    assert script.it.broken == 1
+    script.kill(2)
+    assert script.it.broken == 2
+    script.says({r: broken(epoch=2, told=True) for r in (0, 1)})
+    assert script.it.broken == 2
+    assert Serving(()) in script.enter((0, 1), 3)
+    assert script.it.broken == 0
+    script.message(1, broken(epoch=3))  # the first word of trouble: the others need not wait for their own
+    assert script.it.broken == 3
+
+
+def test_who_was_told_does_not_say_why():
+    script = Script(3).serve()
+    script.message(1, broken(error="reset by peer"))
+    script.says({r: broken(error="told", step=18, told=True) for r in (0, 2)})
+    script.enter((0, 1, 2), 2)
+    assert script.it.trouble.startswith("the group of ranks 0, 1, 2 broke at layer 3 of step 17: reset by peer;")
+    script.kill(0)
+    script.says({r: broken(epoch=2, error="told", told=True) for r in (1, 2)})
+    script.enter((1, 2), 3)
+    assert script.it.trouble.startswith("rank 0 was lost (killed by SIGKILL) at layer 3 of step 17; ")
+
+
 def test_a_first_member_without_a_store_is_lost():
     script = Script(3).serve()
     script.kill(2)
@@ -461,6 +498,22 @@ def test_a_rank_that_fails_again_while_it_loads_is_lost_once_for_its_requests():
     assert Send(0, Form(epoch=3, members=[0, 1])) in script.hello(1)
 
 
+def test_a_rank_that_loads_while_another_is_lost_is_not_lost_itself():
+    """It leaves and loads again, which counts as no restart."""
+    script = Script(3, restart=True).serve()
+    script.kill(1)
+    script.says({0: broken(), 2: broken()})
+    script.hello(1)
+    script.enter((0, 1, 2), 2)
+    assert Restart(0) in script.kill(0)
+    actions = script.says({1: broken(epoch=2, told=True), 2: broken(epoch=2, told=True)})
+    assert not only(Restart, actions) and not only(Kill, actions)
+    assert len(script.it._restarts[1]) == 1 and set(script.it.lost) == {0, 1}
+    assert Send(0, Form(epoch=3, members=[0, 1, 2])) in script.hello(0)
+    script.enter((0, 1, 2), 3)
+    assert script.says({0: READY, 1: READY})[-1] == Serving((0, 1))
+
+
 def test_a_process_that_never_comes_back_is_killed_and_counted():
     script = Script(2, restart=True).serve()
     script.kill(1)
@@ -559,11 +612,11 @@ class World:
         elif kind == "break":
             self.leave(rank)
 
-    def leave(self, rank):
+    def leave(self, rank, told=False):
         epoch, self.inside[rank] = self.inside[rank], 0
         self.inbox = [it for it in self.inbox if it[1] != rank or not isinstance(it[2], Joined)]
         if epoch:
-            self.later(rank, broken(epoch=epoch), 0.5)
+            self.later(rank, broken(epoch=epoch, told=told), 0.5)
 
     def step(self, seconds=0.25):
         self.now += seconds
@@ -574,6 +627,10 @@ class World:
                 started = all(self.inside[r] == epoch for r in others if self.alive[r])
                 if started or self.random.random() < 0.1:
                     self.leave(rank)
+        for rank, epoch in self.inside.items():  # or when the front end says so
+            able = self.alive[rank] and not self.mute[rank] and not self.hung[rank]
+            if able and 0 < epoch <= self.it.broken and self.random.random() < 0.5:
+                self.leave(rank, told=True)
         gone = {rank: "killed by SIGKILL" for rank, alive in self.alive.items() if not alive}
         self.take(self.it.ended(gone, self.now))
         for rank, alive in self.alive.items():

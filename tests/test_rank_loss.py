@@ -31,7 +31,7 @@ NOTICED_S = 10.0
 BOUND_S = 100.0
 """Within this everything ends, on a machine that does much else besides."""
 WHERE = r"(at layer \d+ of step \d+|in step \d+|after step \d+)"
-OPTIONS = {"threads": 1, "dtype": "float32", "kv_memory": "16MiB", "progress": False, "router": "round_robin"}
+OPTIONS = {"threads": 1, "dtype": "float32", "kv_memory": "16MiB", "progress": False}
 
 SCHEMA = json.dumps({"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 4, "maxItems": 4})
 GREEDY = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
@@ -56,11 +56,33 @@ def in_loop(test):
     return run
 
 
+class Unreachable(LocalLauncher):
+    """Ranks on a machine that vanishes: not to be killed, and nobody hears how they end."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.vanished = set()
+
+    def kill(self, rank):
+        if rank not in self.vanished:
+            super().kill(rank)
+
+    def ended(self):
+        return {rank: how for rank, how in super().ended().items() if rank not in self.vanished}
+
+    def stop(self, timeout):
+        for rank in self.vanished:
+            super().kill(rank)
+        super().stop(timeout)
+
+
 class Yard:
     """A front end with real ranks, and the requests that were sent there."""
 
     def __init__(self, ranks, **options):
-        self.launcher = LocalLauncher(ranks=range(ranks))
+        self.launcher = Unreachable(ranks=range(ranks))
+        if ranks > 1:
+            options["router"] = "round_robin"
         self.frontend = FrontEnd(EngineConfig(ep=ranks, **OPTIONS, **options), launcher=self.launcher)
         self.group = self.frontend._group
         self.tokens = 0
@@ -236,7 +258,50 @@ async def test_a_second_loss_while_the_first_is_made_good_and_then_the_last(want
             await it.ask(*REQUESTS[0])
 
 
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@in_loop
+async def test_a_machine_that_vanishes(rank, wanted, monkeypatch):
+    """No connection ends: the others wait in an exchange, which may last ten times as long as all may take here."""
+    heard = []
+    take = membership.Membership._broke
+    monkeypatch.setattr(membership.Membership, "_broke", lambda it, *args: heard.append(args[:2]) or take(it, *args))
+    survivors = tuple(other for other in range(3) if other != rank)
+    async with running(3, rank_timeout=2.5, collective_timeout=10 * BOUND_S) as it:
+        tasks = it.ask_all()
+        await it.until(lambda: it.tokens > total(wanted) // 3)
+        it.launcher.vanished.add(rank)
+        it.signal(rank, signal.SIGSTOP)
+        await it.named(rank, "no sign of life for 2.5 s")
+        assert await asyncio.gather(*tasks) == wanted
+        await it.serving(*survivors)
+        await it.answers(wanted)
+    left = {rank: broken for rank, broken in heard if broken.epoch == 1}
+    assert set(left) == set(survivors)
+    told = [broken.error for broken in left.values() if broken.told]  # another may see that its connections end
+    assert told and set(told) == {"the front end said that the group is broken"}
+
+
 # Started again
+
+
+@in_loop
+async def test_a_loss_while_another_rank_is_started_again(wanted):
+    """The one that loads meanwhile is not at fault: its process stays."""
+    async with running(3, on_rank_loss="restart") as it:
+        tasks = it.ask_all()
+        await it.until(lambda: it.tokens > total(wanted) // 3)
+        it.signal(1)
+        await it.named(1)
+        state = it.group._membership._ranks
+        await it.until(lambda: 1 in it.group.lost and state[1].joined and not state[1].ready)
+        pid = it.launcher.pids[1]
+        it.signal(2)
+        assert await asyncio.gather(*tasks) == wanted
+        await it.serving(0, 1, 2)
+        assert it.launcher.pids[1] == pid
+        lost = re.findall(r"rank (\d) was lost (again )?", it.frontend.trouble)
+        assert lost == [("1", ""), ("2", "")]
+        await it.answers(wanted)
 
 
 @in_loop

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -240,6 +241,24 @@ def test_what_the_cluster_does_not_have(connected, start, monkeypatch, ep, optio
         start(ep, **options)
     assert str(error.value).startswith(reason)
     assert connected.is_initialized()  # who connected stays so
+
+
+@needs_ray
+def test_a_start_that_waits_for_room_is_stopped(connected, start):
+    """As when the web server is told to end meanwhile; its loop started it in a thread."""
+    import ray
+
+    before = len(ray.util.placement_group_table())
+    with ThreadPoolExecutor(1) as pool:
+        launcher = RayLauncher(4)
+        starting = pool.submit(launcher.start)
+        until(lambda: launcher._group is not None)
+        launcher.stop(0)
+        with pytest.raises(ValueError, match=r"^ray: the start was stopped$"):
+            starting.result(BOUND_S)
+    assert connected.is_initialized()
+    table = ray.util.placement_group_table().values()
+    assert len(table) > before and all(group["state"] == "REMOVED" for group in table if group["bundles"].keys() > {2})
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def _main(
                 progress=Progress(),
                 store=store,
             )
-            epoch += 10  # a function may form groups of its own
+            epoch += 1000  # a function may form groups of its own
             store = group._store
             results.send(("ok", function(group, *args)))
             group.close()
