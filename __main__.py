@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import traceback
@@ -19,6 +20,8 @@ BENCHES = {
     "serve": "a running server under a stream of requests",
     "ep": "ranks against one rank: rates, memory, bytes sent, where the time goes",
     "router": "policies that choose a rank for a request, simulated",
+    "balance": "planners that balance experts by the step, simulated",
+    "plan": "microseconds that the priced planner takes for a layer",
 }
 
 
@@ -31,7 +34,15 @@ def _serve(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from .launch.plan import run
 
-    return run(config_from(args, EngineConfig), args)
+    config = config_from(args, EngineConfig)
+    return run(dataclasses.replace(config, ep=config.ep or 1), args)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from .launch.profile import run
+
+    config = config_from(args, EngineConfig)
+    return run(dataclasses.replace(config, ep=config.ep or 1), args)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -58,6 +69,11 @@ def _fill_serve(parser: Parser) -> None:
 
 def _fill_plan(parser: Parser) -> None:
     add_options(parser, EngineConfig, model_positional=True)
+
+
+def _fill_profile(parser: Parser) -> None:
+    parser.add_argument("--force", action="store_true", help="measure again, although what was measured counts still")
+    _fill_plan(parser)
 
 
 def _fill_generate(parser: Parser) -> None:
@@ -98,6 +114,7 @@ COMMANDS = {
     "generate": (_generate, _fill_generate, "continue one prompt and print the text"),
     "bench": (_bench, _fill_benches, "measure: throughput, latency, serve, ep, router"),
     "plan": (_plan, _fill_plan, "show what fits in memory, before loading"),
+    "profile": (_profile, _fill_profile, "measure what the cost model needs: experts, links between ranks"),
     "doctor": (_doctor, _fill_doctor, "show devices, measured rates, libraries, and what is missing"),
 }
 

@@ -55,21 +55,20 @@ class Side:
         self.ranks = ranks
         self.prefill_s: list[float] = []
         self.decode_s: list[float] = []
+        of_several = {"dispatcher": args.dispatcher, "chunks": args.chunks, "router": "round_robin"}
         config = EngineConfig(
             model=model,
             ep=ranks,
             threads=args.threads,
             dtype=args.dtype,
-            dispatcher=args.dispatcher if ranks > 1 else "auto",
-            chunks=args.chunks if ranks > 1 else "auto",
             max_batched_tokens=max(args.step_tokens, 128),
             max_model_len=args.tokens + 128,
             kv_memory=None,
             memory_fraction=None,
             prefix_cache=False,
-            router="round_robin",
             progress=False,
             trace=trace,
+            **(of_several if ranks > 1 else {}),
         )
         self.launcher = LocalLauncher(ranks=tuple(range(ranks)))
         self.frontend = FrontEnd(_with_kv(config, args), launcher=self.launcher)

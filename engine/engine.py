@@ -6,38 +6,46 @@ sequence's last token was computed, and reports what each request gained.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import getpass
 import itertools
 import json
 import logging
+import os
 import secrets
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from filelock import FileLock
 
 from ..kernels.environment import usable_cores
 from ..kernels.threads import set_threads
 from ..kernels.warm_up import warm_up
+from ..scheduler.balance.baselines import Planner
 from ..scheduler.batching import Scheduler, Step
 from ..scheduler.blocks import BlockPool
 from ..scheduler.requests import Request
 from .attention import PagedAttention
+from .balance import warm_up as planner_warm_up
 from .config import EngineConfig, format_size
 from .cpu_linear import use_small_row_kernels
 from .grammar import GrammarCompiler
-from .group import RankGroup
+from .group import RankGroup, RankLost
 from .kv_cache import KVCache, Span, StepBatch, make_batch
 from .loader import Blueprint, draw, load
-from .memory import check_weights_fit, free_memory, kv_blocks
+from .memory import check_weights_fit, free_memory, give_back, kv_blocks
 from .messages import Spans, Stats, Submit, TokenDelta
 from .model import plug, unplug
 from .moe import MoEFunction, calibrate
 from .overlap import find_overlap
-from .parallel import Parallel, Seat, check_alike, first_tables
+from .parallel import Parallel, Seat, balance_planner, check_alike, first_tables
 from .params import SamplingParams
 from .progress import Progress
 from .resolve import resolve_model
@@ -45,6 +53,8 @@ from .sampling import Sampled, SequenceSampler, sample
 
 logger = logging.getLogger(__name__)
 
+COMPILE_WAIT_S = 300.0
+"""How long another process may compile before this one does so beside it."""
 START_TIMEOUT_S = 3600.0
 """How long a rank may wait for another that loads; the front end's own limit is shorter."""
 
@@ -77,19 +87,21 @@ class Engine:
         self.vocab_size = min(int(blueprint.model.config.vocab_size), blueprint.spec.vocab_size)
         self._model = blueprint.model
         self._parallel: Parallel | None = None
-        if self.device.type == "cpu":
-            _compile_kernels(config.progress and (seat is None or seat.local_rank == 0))
+        self._counts_LE: torch.Tensor | None = None
+        _compile(config, seat, self.device.type == "cpu")
         baseline = psutil.Process().memory_info().rss
         self._experts = self._load(blueprint, seat)
         if self.device.type == "cpu":
             use_small_row_kernels(self._model)
             with torch.inference_mode():
-                calibrate(self._experts.layers)
+                calibrate(self._experts.layers, progress=config.progress and (seat is None or seat.local_rank == 0))
+            give_back()  # what loading and measuring took for a moment
         self._name = f"moeyard_{next(_NUMBERS)}"
         activations = self._warm_up(blueprint.dtype)
         if self._parallel is not None:
             assert seat is not None
             self._join(seat.group)
+            give_back()
         # Ranks on one machine share its memory, and a GPU's is a rank's own.
         free = free_memory(self.device) / (sharing if self.device.type == "cpu" else 1) - activations
         num_blocks = kv_blocks(config, self.device, blueprint.footprint.kv_per_token, self.max_model_len, free)
@@ -222,8 +234,13 @@ class Engine:
         Raises RankLost when another rank is gone; the step is then done again after `join`.
         """
         started = time.monotonic_ns()
+        counts_LE = self._counts_LE.clone() if self._counts_LE is not None else None
         try:
             return self._step()
+        except RankLost:
+            if self._counts_LE is not None and counts_LE is not None:
+                self._counts_LE.copy_(counts_LE)  # its tokens will be counted when it is done again
+            raise
         finally:
             self.progress.step_ns += time.monotonic_ns() - started
 
@@ -242,6 +259,8 @@ class Engine:
         if self._parallel is None:
             self.progress.step += 1
         logits_BV = self._run(step)
+        if self._parallel is not None:
+            self._parallel.group.settle()
         self._scheduler.commit(step)
         self._steps += 1
         requests = [self._scheduler.get(request_id) for request_id in step.samples]
@@ -274,7 +293,7 @@ class Engine:
         """The weights; of the experts only this rank's, where there are several."""
         config = self.config
         if seat is None:
-            _refuse_options_of_several_ranks(config)
+            config.check_one_rank()
             check_weights_fit(blueprint.footprint, self.device)
             return load(blueprint, progress=config.progress)
         group = seat.group
@@ -290,6 +309,9 @@ class Engine:
         experts = load(blueprint, progress=config.progress and seat.local_rank == 0, slots=rows)
         for layer in experts.layers:
             layer.overlap = find_overlap(blueprint.model, layer.pool.spec.module)
+        self._counts_LE = _together([layer.counts_E for layer in experts.layers])
+        for layer, counts_E in zip(experts.layers, self._counts_LE, strict=True):
+            layer.counts_E = counts_E[: layer.pool.spec.num_experts]
         self._parallel = Parallel(config, seat, experts.layers, tables)
         return experts
 
@@ -382,14 +404,15 @@ class Engine:
         if result.error:
             self._scheduler.finish(request.id)
             return TokenDelta(request_id=request.id, token_ids=[], finish_reason="error", error=result.error)
-        first = not sampler.output_ids or life.resumed
-        life.resumed = False
+        resumed, life.resumed = life.resumed, False
+        first = not sampler.output_ids or resumed
         sampler.advance(result.token_id)
         self._generated_tokens += 1
         self._scheduler.append(request.id, result.token_id)
         times: dict[str, Any] = {}
         if first:
-            self._prompt_tokens += request.prompt_len
+            if not resumed:  # else the lost rank has counted them
+                self._prompt_tokens += request.prompt_len
             now = time.monotonic()
             times = {
                 "cached_tokens": request.cached_tokens,
@@ -419,12 +442,9 @@ class Engine:
         return self._grammars
 
 
-def _refuse_options_of_several_ranks(config: EngineConfig) -> None:
-    """Raises ValueError for options that one rank cannot follow."""
-    for name in ("dispatcher", "chunks", "redundant_experts", "expert_placement"):
-        value, default = getattr(config, name), getattr(EngineConfig, name)
-        if value != default:
-            raise ValueError(f"{name} is {value}, but there is one rank and nothing to share out; use --ep 2 or more")
+def _together(counts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Room [L, E] for the counts of all layers, so that one copy keeps them and one brings them back."""
+    return counts[0].new_zeros(len(counts), max(counts_E.shape[0] for counts_E in counts))
 
 
 def _timed(phase: str, function: Any, progress: Progress) -> Any:
@@ -437,15 +457,26 @@ def _timed(phase: str, function: Any, progress: Progress) -> Any:
     return timed
 
 
-def _compile_kernels(progress: bool) -> None:
-    """Compiles the CPU kernels, or loads them from the cache of an earlier start, before any request can wait for
-    it.
+def _compile(config: EngineConfig, seat: Seat | None, on_cpu: bool) -> None:
+    """Compiles what is compiled at all, or loads it from the cache of an earlier start, before any request can wait
+    for it. One process of a user at a time: the others find in the cache what the first has compiled.
     """
-    if progress:
-        logger.info(
-            "loading the CPU kernels; the first start on a machine compiles them, which takes about ten seconds"
-        )
-    warm_up()
+    planner = balance_planner(config) if seat is not None else None
+    if config.progress and (seat is None or seat.local_rank == 0):
+        logger.info("loading compiled code; the first start on a machine compiles it, which takes up to a minute")
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    lock = FileLock(Path(tempfile.gettempdir()) / f"moeyard-compile-{user}.lock", timeout=COMPILE_WAIT_S)
+    with contextlib.suppress(TimeoutError), lock:  # whoever holds it for so long is stuck: compile beside it
+        _compile_now(on_cpu, planner)
+        return
+    _compile_now(on_cpu, planner)
+
+
+def _compile_now(on_cpu: bool, planner: Planner | None) -> None:
+    if on_cpu:
+        warm_up()
+    if planner is not None:
+        planner_warm_up(planner)
 
 
 def _eos_ids(path: Any, config: Any) -> frozenset[int]:

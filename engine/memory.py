@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,13 @@ def footprint(weights: WeightMap, spec: ModelSpec, dtype: torch.dtype) -> Footpr
         num_experts=sum(count for _, count in per_expert),
         kv_per_token=spec.kv_values_per_token * dtype.itemsize,
     )
+
+
+def give_back() -> None:
+    """Returns what this process has freed to the operating system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def free_memory(device: torch.device) -> float:

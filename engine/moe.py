@@ -6,6 +6,7 @@ T: tokens, K: experts per token, D: hidden size, E: experts, R: rows (token and 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ..kernels.expert_loop import expert_loop
 from ..kernels.grouped_mm import grouped_mm
 from .dispatch import LocalDispatcher
 from .experts import ExpertPool
+from .guests import Cutter
+from .measure import rank_constants
 from .overlap import Overlap
 from .parallel_layer import ParallelLayer
 
@@ -34,7 +37,9 @@ class MoELayer:
     def __init__(self, module: nn.Module, pool: ExpertPool):
         self.pool = pool
         self.local = LocalDispatcher(pool.num_slots)
-        self.gate: Any = module._apply_gate if pool.spec.has_gate else module.act_fn
+        gate: Any = module._apply_gate if pool.spec.has_gate else module.act_fn
+        self.gate: Any = gate
+        self.cutter = Cutter(pool, gate)
         self._few_rows = _few_rows_function(pool, self.gate)
         self._compiled = self._few_rows is not None
         # Mean rows per expert up to which the compiled kernels run; `calibrate` measures it.
@@ -140,15 +145,17 @@ class MoELayer:
         return best
 
 
-def calibrate(layers: list[MoELayer]) -> None:
-    """Measures, once for each shape of layer, up to how many rows per expert its compiled kernels are used."""
-    measured: dict[tuple[Any, ...], int] = {}
+def calibrate(layers: Sequence[MoELayer], *, progress: bool = False) -> None:
+    """Sets up to how many rows per expert each layer uses its compiled kernels: by the file of measured constants, so
+    that two starts compute alike, or measured now, once for each shape of layer.
+    """
+    known: dict[tuple[Any, ...], int] = {}
     for layer in layers:
         pool = layer.pool
         shape = (pool.up_SND.shape, pool.up_SND.dtype, pool.spec.has_bias, pool.spec.has_gate)
-        if shape not in measured:
-            measured[shape] = layer.measure_few_rows()
-        layer.few_rows = measured[shape]
+        if shape not in known:
+            known[shape] = rank_constants(layer, progress=progress).values.few_rows
+        layer.few_rows = known[shape]
 
 
 def _is_swiglu(gate: Any, width: int) -> bool:

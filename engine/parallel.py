@@ -12,29 +12,38 @@ import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .. import __version__
-from ..scheduler import placement
+from ..scheduler import cost, placement
+from ..scheduler.balance.baselines import PLANNERS, Planner
 from ..scheduler.cost import DEGREES, DISPATCHERS, choose_step
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import EMPTY, ExpertTable
+from .balance import BalanceFigures, Balancer
 from .config import EngineConfig, format_size, parse_size
-from .dispatch import PlanMismatch, RowFormat
+from .dispatch import PlanMismatch
 from .group import RankGroup
+from .guests import GuestRoom
 from .memory import free_memory
 from .messages import Placed
 from .mover import Mover
 from .parallel_layer import ParallelLayer, StepContext
 from .progress import Progress
+from .row_format import RowFormat
 
 if TYPE_CHECKING:
     from .moe import MoELayer
 
 log = logging.getLogger("moeyard.parallel")
+
+
+AUTO_GUESTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +119,12 @@ class Parallel:
         self._row_bytes_back = down.shape[1] * down.element_size()
         for layer, table in zip(layers, tables, strict=True):  # until `join`: for warming up
             layer.slot_E = torch.tensor(table.slot_of(self.group.position), device=down.device)
-        self._choices: dict[tuple[int, ...], tuple[str, int]] = {}
+        self._choices: dict[tuple[tuple[int, ...], bool], StepPlan] = {}
+        self.balancing = True
+        """Whether layers may be balanced where that can pay; on all ranks alike."""
+        self._planner = balance_planner(config)
+        self._room: GuestRoom | None = None
+        self._balance = BalanceFigures()
 
     # What the front end orders
 
@@ -160,11 +174,8 @@ class Parallel:
             self._move()
         if not any(tokens_P):
             return None
-        dispatcher, degree = self._choose(tokens_P)
-        plan = StepPlan(
-            step=step, tokens_P=tokens_P, dispatcher=dispatcher, degree=degree, table_digest=self._table_digest
-        )
-        self.steps[dispatcher] += 1
+        plan = dataclasses.replace(self._choose(tokens_P), step=step, table_digest=self._table_digest)
+        self.steps[plan.dispatcher] += 1
         self._last_digest = plan.digest
         self._context.plan = plan
         return plan
@@ -185,21 +196,36 @@ class Parallel:
             by_rank = ", ".join(f"rank {r}: {v}" for r, v in zip(self.group.members, values, strict=True))
             raise PlanMismatch(f"the ranks are not at the same {what} ({by_rank}); that is a defect, please report it")
 
-    def _choose(self, tokens_P: tuple[int, ...]) -> tuple[str, int]:
-        """Dispatcher and degree; a degree of 0 lets each layer choose from its exact counts."""
-        if tokens_P not in self._choices:
-            self._choices[tokens_P] = self._make_choice(tokens_P)
+    def _choose(self, tokens_P: tuple[int, ...]) -> StepPlan:
+        """Dispatcher and degree (0 lets each layer choose from its exact counts), and whether layers are balanced."""
+        key = (tokens_P, self.balancing)
+        if key not in self._choices:
+            self._choices[key] = self._make_choice(tokens_P)
             if len(self._choices) > 4096:
                 self._choices.pop(next(iter(self._choices)))
-        return self._choices[tokens_P]
+        return self._choices[key]
 
-    def _make_choice(self, tokens_P: tuple[int, ...]) -> tuple[str, int]:
-        config, constants = self._config, self._context.constants
+    def _make_choice(self, tokens_P: tuple[int, ...]) -> StepPlan:
+        config, constants, balancer = self._config, self._context.constants, self._context.balancer
         forced = None if config.chunks == "auto" else int(config.chunks)
         allowed = DISPATCHERS if config.dispatcher == "auto" else (config.dispatcher,)
+
+        def choice(dispatcher: str, degree: int, balanced: bool = False) -> StepPlan:
+            return StepPlan(
+                step=0, tokens_P=tokens_P, dispatcher=dispatcher, degree=degree, table_digest=0, balanced=balanced
+            )
+
         if constants is None:  # warming up
-            return allowed[-1], forced or 1
-        choice = choose_step(
+            return choice(allowed[-1], forced or 1)
+        balanced = (
+            self.balancing
+            and balancer is not None
+            and "all_to_all" in allowed
+            and cost.balancing_can_pay(balancer.rates, sum(tokens_P) * self._top_k, self.group.size)
+        )
+        if balanced:
+            allowed = ("all_to_all",)  # the other sends every token to every rank, wherever it is needed
+        best = choose_step(
             constants,
             tokens_P,
             row_bytes=self._row_bytes,
@@ -209,9 +235,8 @@ class Parallel:
             allowed=allowed,
             degrees=DEGREES if forced is None else (forced,),
         )
-        if forced is not None or choice.dispatcher == "all_gather" or choice.degree == 1:
-            return choice.dispatcher, choice.degree
-        return choice.dispatcher, 0
+        open_degree = forced is None and best.dispatcher == "all_to_all" and (best.degree > 1 or balanced)
+        return choice(best.dispatcher, 0 if open_degree else best.degree, balanced)
 
     # Where the experts are
 
@@ -244,7 +269,7 @@ class Parallel:
             layer.parallel = None
             layer.slot_E = torch.tensor(table.slot_of(0), device=self.group.device)
         elif layer.parallel is None or layer.parallel.context is not self._context:
-            layer.parallel = ParallelLayer(self._context, table, index)
+            layer.parallel = ParallelLayer(self._context, table, index, layer)
         else:
             layer.parallel.use(table)
 
@@ -288,6 +313,7 @@ class Parallel:
         self._version = self._aimed = self._last_digest = 0
         self._choices.clear()
         self._context = StepContext(group, self._idle_plan())
+        self._context.balancer = self._make_balancer()
         for index in range(len(self._layers)):
             self._use(index)
         self._digest_tables()
@@ -299,8 +325,45 @@ class Parallel:
 
         if self.group.size == 1:
             return
-        self._context.constants = measure(self.group, self._layers[0])
+        context = self._context
+        planner = partial(self._planner_trial, context.balancer) if context.balancer is not None else None
+        show = self._config.progress and self._seat.local_rank == 0
+        context.constants = measure(self.group, self._layers[0], planner=planner, progress=show)
+        if context.balancer is not None:
+            context.balancer.rates = cost.rates(
+                context.constants,
+                row_bytes=self._row_bytes,
+                row_bytes_back=self._row_bytes_back,
+                top_k=self._top_k,
+                experts=self._experts,
+                ranks=self.group.size,
+                beside=self.group.device.type == "cuda",
+            )
         self._choices.clear()
+
+    def _planner_trial(self, balancer: Balancer) -> None:
+        """A plan for a layer like these, of rows that are not even: for its time."""
+        rows_PE = np.tile(np.arange(self._experts)[::-1] ** 2 + 1, (self.group.size, 1))
+        balancer.trial(self._layers[0].cutter, self._mover.tables[0], rows_PE)
+
+    def _make_balancer(self) -> Balancer | None:
+        from .measure import machine_number
+
+        if self._planner is None or self.group.size == 1:
+            return None
+        if self._room is None:
+            layer = self._layers[0]
+            nbytes = guest_bytes(self._config, layer.cutter.nbytes(), layer.pool.num_slots)
+            self._room = GuestRoom(nbytes, layer.cutter, self.group.device)
+        machines = [row[0] for row in self.group.all_gather_ints([machine_number()])]
+        nodes = list(dict.fromkeys(machines))
+        return Balancer(
+            self.group,
+            self._planner,
+            self._room,
+            node_P=[nodes.index(m) for m in machines],
+            figures=self._balance,
+        )
 
     def _make_room(self, goals: Sequence[ExpertTable]) -> None:
         needed = sum(
@@ -342,7 +405,23 @@ class Parallel:
             "moved_bytes": self.moved_bytes,
             "steps_all_gather": self.steps["all_gather"],
             "steps_all_to_all": self.steps["all_to_all"],
+            # All ranks make the same plans: one tells.
+            **{f"balance_{k}": v for k, v in dataclasses.asdict(self._balance).items() if not self.group.position},
         }
+
+
+def balance_planner(config: EngineConfig) -> Planner | None:
+    """What the option names, `auto` being the priced one; None for none."""
+    if config.balance == "native" or config.dispatcher == "all_gather":
+        return None
+    return PLANNERS["priced" if config.balance == "auto" else config.balance]
+
+
+def guest_bytes(config: EngineConfig, expert: int, slots: int) -> int:
+    """The room for guests: what the option says, or that of as many experts as a rank has, at most eight."""
+    if config.guest_memory is not None:
+        return parse_size(config.guest_memory, "guest_memory")
+    return min(slots, AUTO_GUESTS) * expert
 
 
 def check_alike(group: RankGroup, fingerprint: str, config: EngineConfig, timeout_s: float) -> None:

@@ -11,8 +11,14 @@ import torch
 from ..scheduler.cost import Constants, choose_degree
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable
-from .dispatch import AllGatherDispatcher, AllToAllDispatcher, RankDispatcher, RowFormat
+from .all_gather import AllGatherDispatcher
+from .all_to_all import AllToAllDispatcher
+from .balance import BalancedLayer, Balancer
+from .dispatch import Arrived
 from .group import RankGroup
+from .guests import run_guests
+from .rank_dispatch import RankDispatcher
+from .row_format import RowFormat
 
 if TYPE_CHECKING:
     from .moe import MoELayer
@@ -25,30 +31,31 @@ class StepContext:
     group: RankGroup
     plan: StepPlan
     constants: Constants | None = None
+    balancer: Balancer | None = None
 
 
 class ParallelLayer:
     """Runs a layer with the dispatcher of the step's plan."""
 
-    def __init__(self, context: StepContext, table: ExpertTable, index: int) -> None:
+    def __init__(self, context: StepContext, table: ExpertTable, index: int, layer: MoELayer) -> None:
         self.context = context
         self.index = index
         self.degrees: dict[int, int] = {}
         """How often each number of chunks was run."""
+        balancer = context.balancer
+        self._balance = BalancedLayer(balancer, layer.pool, layer.cutter, table) if balancer is not None else None
         self.dispatchers: dict[str, RankDispatcher] = {
             "all_gather": AllGatherDispatcher(context.group, table),
-            "all_to_all": AllToAllDispatcher(context.group, table, self._choose_degree),
+            "all_to_all": AllToAllDispatcher(context.group, table, self._choose_degree, self._balance),
         }
         self._row_bytes = (0, 0)
-
-    @property
-    def table(self) -> ExpertTable:
-        return self.dispatchers["all_to_all"].table
 
     def use(self, table: ExpertTable) -> None:
         """Goes over to another table; on every rank before the same step."""
         for dispatcher in self.dispatchers.values():
             dispatcher.use(table)
+        if self._balance is not None:
+            self._balance.table = table
 
     def run(self, layer: MoELayer, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Weighted outputs [T, D] of this rank's tokens; takes part for the others' when it has none."""
@@ -67,16 +74,39 @@ class ParallelLayer:
             if index + 1 < len(chunks):
                 chunks[index + 1].send()
             arrived = chunk.arrive()
-            with progress.span("experts"):
-                pairs = int((arrived.slots_RK >= 0).sum()) if x_TD.device.type == "cpu" else None
-                y_RD, _ = layer.run_local(arrived.x_RD, arrived.slots_RK, arrived.weights_RK, pairs)
+            y_RD = self._compute(layer, arrived)
             del arrived
             chunk.give_back(y_RD)
         out_TD = torch.zeros_like(x_TD)
         for chunk in chunks:
             chunk.add_to(out_TD)
+        if self._balance is not None:
+            self._balance.finish()
         progress.layer = outer
         return out_TD
+
+    def _compute(self, layer: MoELayer, arrived: Arrived) -> torch.Tensor:
+        """The weighted sums of this rank's experts for what arrived: those it holds, then its guests."""
+        progress = self.context.group.progress
+        slots_RK = arrived.slots_RK
+        moves = self._balance.moves if self._balance is not None else None
+        if moves is not None and moves.expected:
+            slots_RK = slots_RK.masked_fill(slots_RK >= layer.pool.num_slots, -1)
+        with progress.span("experts"):
+            pairs = int((slots_RK >= 0).sum()) if slots_RK.device.type == "cpu" else None
+            y_RD, _ = layer.run_local(arrived.x_RD, slots_RK, arrived.weights_RK, pairs)
+        if moves is None:
+            return y_RD
+        guests = moves.guests()  # also passes on what others wait for
+        if guests:
+            with progress.span("experts"):
+                guests_RK = (arrived.slots_RK - layer.pool.num_slots).clamp_min(-1)
+                used_R = (guests_RK >= 0).any(1).nonzero()[:, 0]
+                sums = run_guests(
+                    arrived.x_RD[used_R], guests_RK[used_R], arrived.weights_RK[used_R], guests, layer.gate
+                )
+                y_RD.index_add_(0, used_R, sums)
+        return y_RD
 
     def _choose_degree(self, rows_PP: torch.Tensor, pairs_PE: torch.Tensor) -> int:
         """The degree for exact counts, the same on every rank: integers, and constants that all ranks hold."""

@@ -5,7 +5,7 @@ D: hidden size, I: expert width, S: slots, R: rows sorted by slot, T: tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -20,19 +20,20 @@ def expert_loop(
     x_TD: torch.Tensor,
     token_R: torch.Tensor,
     counts_S: torch.Tensor,
-    up_SND: torch.Tensor,
-    down_SDI: torch.Tensor,
+    up_SND: torch.Tensor | Sequence[torch.Tensor],
+    down_SDI: torch.Tensor | Sequence[torch.Tensor],
     gate: Callable[[torch.Tensor], torch.Tensor],
-    up_bias_SN: torch.Tensor | None = None,
-    down_bias_SD: torch.Tensor | None = None,
+    up_bias_SN: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    down_bias_SD: torch.Tensor | Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Rows y_RD = down(gate(up(x[token]))), where `counts_S[s]` consecutive rows belong to slot s.
 
-    `gate` maps [rows, N] to [rows, I]. Only one expert's rows are in memory between the two products.
+    `gate` maps [rows, N] to [rows, I]. Weights are one tensor over slots, or one for each slot, whose I may differ.
+    Only one expert's rows are in memory between the two products.
     """
     step = 1 if x_TD.dtype == torch.float32 else _ROWS_STEP
     # A padded expert writes past its rows; the next one, or nobody, overwrites that.
-    y_RD = x_TD.new_empty(token_R.shape[0] + step - 1, down_SDI.shape[1])
+    y_RD = x_TD.new_empty(token_R.shape[0] + step - 1, down_SDI[0].shape[0])
     start = 0
     for slot, count in enumerate(counts_S.tolist()):
         if not count:

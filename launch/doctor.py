@@ -1,4 +1,4 @@
-"""`moeyard doctor`: devices, measured rates, library versions, and what is missing with what that costs."""
+"""`moeyard doctor`: devices, measured rates and constants, libraries, and what is missing with what that costs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ COSTS = {
     "httpx": "`moeyard bench serve` does not run",
     "openai": "the demo and the client examples do not run",
 }
+MOST_CONSTANTS = 4
+"""Files of measured constants that the text shows."""
 MODULES = {"pyzmq": "zmq"}  # where the module is not the distribution's name with underscores
 
 
@@ -107,22 +109,42 @@ def findings(libs: list[Library], computer: dict[str, Any] | None) -> tuple[list
 def examine() -> dict[str, Any]:
     """Everything `moeyard doctor --json` prints. Shows on stderr what is being measured."""
     libs = libraries()
-    computer, measured = None, {}
+    computer, measured, constants = None, {}, []
     if not any(lib.problem for lib in libs if lib.name in ("torch", "psutil")):
         computer = machine.describe()
         for name, measure in machine.rates():
             print(f"measuring {name} ...", file=sys.stderr, flush=True)
             measured[name] = measure()
+        constants = known_constants()
     broken, missing = findings(libs, computer)
     return {
         "ok": not broken,
         "python": sys.version.split()[0],
         "machine": computer,
         "rates": measured,
+        "constants": constants,
         "libraries": [asdict(lib) for lib in libs],
         "broken": broken,
         "missing": missing,
     }
+
+
+def known_constants() -> list[dict[str, Any]]:
+    """What `moeyard profile`, or a start, has measured on this machine, the newest first."""
+    from ..engine.constants import cpu_name, find
+    from .profile import facts, heading
+
+    found = [record for kind in ("rank", "group") for record in find(kind, cpu=cpu_name()) if not record.stale]
+    return [
+        {
+            "title": heading(record),
+            "facts": dict(facts(record)),
+            "key": dict(record.key),
+            "values": asdict(record.values),
+            "file": str(record.path),
+        }
+        for record in sorted(found, key=lambda record: record.date, reverse=True)
+    ]
 
 
 def report(result: dict[str, Any]) -> str:
@@ -138,6 +160,7 @@ def report(result: dict[str, Any]) -> str:
             memory = f"{format_size(gpu['memory'])}, {format_size(gpu['memory_free'])} free"
             lines.append(f"  GPU {i}   {gpu['name']}, {memory}, capability {gpu['capability']}")
         lines += ["", "Measured", *(f"  {_rate(name, value)}" for name, value in result["rates"].items()), ""]
+        lines += ["Constants", *_constants(result["constants"]), ""]
     lines.append(f"Libraries (Python {result['python']})")
     for lib in result["libraries"]:
         state = "ok" if not lib["problem"] else "missing" if lib["extra"] else "broken"
@@ -149,6 +172,17 @@ def report(result: dict[str, Any]) -> str:
             lines += ["", title, *(f"  {text}" for text in found)]
     lines += ["", "Nothing required is broken." if result["ok"] else "Something required is broken."]
     return "\n".join(lines)
+
+
+def _constants(records: list[dict[str, Any]]) -> list[str]:
+    from .profile import NOT_MEASURED
+
+    lines = [] if records else [f"  {NOT_MEASURED}"]
+    for record in records[:MOST_CONSTANTS]:
+        lines += [f"  {record['title']}", *(f"    {name:<20}{value}" for name, value in record["facts"].items())]
+    if len(records) > MOST_CONSTANTS:
+        lines.append(f"  and {len(records) - MOST_CONSTANTS} older ones (--json shows all)")
+    return lines
 
 
 def _rate(name: str, value: float) -> str:

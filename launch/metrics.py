@@ -81,6 +81,21 @@ def rank_imbalance(tables: Sequence[ExpertTable], counts: Sequence[Sequence[int]
     return sum(layers) / len(layers) if layers else 1.0
 
 
+_BALANCE = (
+    ("layers", "layers", "Layers for whose rows a balancing plan was made.", 1.0),
+    ("acted", "layers_changed", "Those where the plan was another than to leave all experts at their homes.", 1.0),
+    ("plan_ns", "plan_seconds", "Time that making the plans took.", 1e-9),
+    ("native_ns", "native_seconds", "Modelled time of the planned layers, had nothing been done.", 1e-9),
+    ("modelled_ns", "planned_seconds", "Modelled time of the planned layers.", 1e-9),
+    ("ideal_ns", "even_seconds", "Modelled time of the planned layers, were all work spread evenly.", 1e-9),
+    ("moved_bytes", "bytes_moved", "Bytes of expert weights that were sent for one layer of one step.", 1.0),
+    ("transfers", "transfers", "Weight transfers of the plans.", 1.0),
+    ("parts", "part_transfers", "Those of a part of an expert's columns.", 1.0),
+    ("split_experts", "split_experts", "Experts whose rows a plan gave to several ranks.", 1.0),
+)
+"""Fields of `Stats` without `balance_`, names without `moe_balance_`, texts, and the counters' unit."""
+
+
 class Metrics:
     """Implements the front end's observer; `render` gives the text that Prometheus scrapes."""
 
@@ -99,6 +114,18 @@ class Metrics:
         self._counters += [(f"{phase}_ns", phases.labels(phase), 1e-9) for phase in PHASES]
         steps = self._counter("moe_steps", "Steps of each rank, by how tokens reached other ranks.", "dispatcher")
         self._counters += [(f"steps_{name}", steps.labels(name), 1.0) for name in DISPATCHERS]
+        self._counters += [
+            (f"balance_{name}", self._counter(f"moe_balance_{metric}", text), unit)
+            for name, metric, text, unit in _BALANCE
+        ]
+        self._time_balance = self._gauge(
+            "moe_time_balancedness", "Evenly spread over planned time of the planned layers, by the model; 1 is ideal."
+        )
+        self._recoverable = self._gauge(
+            "moe_recoverable_microseconds",
+            "Planned over least possible time of a planned layer, by the model: the rest.",
+        )
+        self._time_balance.set(1)
         self._finished = self._counter("request_success", "Requests that ended, by reason.", "finished_reason")
         for reason in ("stop", "length", "abort", "error"):
             self._finished.labels(reason)  # a series that starts at 0
@@ -175,6 +202,10 @@ class Metrics:
             # A total that went down belongs to a rank that started again: all of it is new.
             counter.inc((total - before if total >= before else total) * unit)
         self._seen = stats
+        if stats.balance_layers:
+            least, planned = stats.balance_ideal_ns, stats.balance_modelled_ns
+            self._time_balance.set(least / max(1, planned))
+            self._recoverable.set((planned - least) / stats.balance_layers / 1000)
         if stats.expert_counts is not None:
             self.expert_counts = stats.expert_counts
             for load in expert_load(stats.expert_counts):

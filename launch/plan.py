@@ -1,27 +1,43 @@
 """`moeyard plan`: what a checkpoint takes and what fits, from its headers alone, before anything is loaded.
 
-With `--ep N` the memory is that of each of N ranks: all dense weights, its share of the experts, its own KV cache. A
-Hub id is downloaded first, as `serve` would.
+With `--ep N` the memory is that of each of N ranks: all dense weights, its share of the experts, its own KV cache. The
+constants that were measured for this model are shown, too. A Hub id is downloaded first, as `serve` would.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 import psutil
 
 from ..engine.config import EngineConfig, format_size
 from ..scheduler.placement import slots_needed
+from . import profile
+
+if TYPE_CHECKING:
+    from ..engine.loader import Blueprint
 
 
 def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
-    """Prints the memory table. Exit code 0 when the model can be served with these options, 1 when it does not fit."""
-    from ..engine.loader import Blueprint, draw
-    from ..engine.memory import free_memory, kv_blocks
+    """Prints the memory table and the measured constants. Exit code 0 when the model can be served with these options,
+    1 when it does not fit.
+    """
+    from ..engine.loader import draw
     from ..engine.resolve import resolve_model
 
     path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
-    blueprint: Blueprint = draw(config, path)
+    blueprint = draw(config, path)
+    code = _show_memory(config, blueprint)
+    for line in profile.lines(config, blueprint):
+        print(line)
+    return code
+
+
+def _show_memory(config: EngineConfig, blueprint: Blueprint) -> int:
+    """The table; the exit code."""
+    from ..engine.memory import free_memory, kv_blocks
+
     size = blueprint.footprint
     ranks, on_cpu = config.ep or 1, blueprint.device.type == "cpu"
     experts, note = size.experts, f"{size.num_experts} experts"

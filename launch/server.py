@@ -80,9 +80,9 @@ def run(config: ServeConfig) -> int:
     0 after a signal, 2 when the user's input is at fault (address, options, checkpoint), 1 when the engine is. Raises
     ValueError for an environment that contradicts itself or the options.
     """
+    _log_to_stderr()
     place = find_place(config, os.environ)
     if not place.leader:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
         return node.run(place, config.start_timeout, config.drain_timeout)
     try:
         listener = _listen(config.host, config.port)
@@ -91,6 +91,12 @@ def run(config: ServeConfig) -> int:
         return _fail(f"cannot listen on {config.host}:{config.port}: {reason}; choose with --host and --port", 2)
     with listener:
         return asyncio.run(_serve(config, listener))
+
+
+def _log_to_stderr() -> None:
+    """Lines as the ranks write them; of libraries, whose progress is not the operator's, only warnings."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("moeyard").setLevel(logging.INFO)
 
 
 def _fail(message: str, code: int) -> int:

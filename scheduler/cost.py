@@ -1,21 +1,25 @@
-"""The communication cost model: how long a MoE layer's exchanges and experts take, and what is chosen from it.
+"""The cost model, the one place that turns bytes and tokens into time: how long a MoE layer's exchanges, experts and
+weight transfers take, and how its rows are to travel.
 
-Constants are measured on this machine and fitted here; the ranks exchange them and take the worst of each, so that all
-hold the same. From then on everything is integers with explicit tie-breaks: every rank makes the same choice.
+Constants are measured on this machine and fitted (`fit`); the ranks exchange them and take the worst of each, so that
+all hold the same. From then on everything is integers with explicit tie-breaks: every rank makes the same choice.
 
 P: ranks, `tokens_P` one number for each. A row is what one token sends to one rank, or gets back from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from math import comb
 from operator import index
 from statistics import median
+from typing import Any
 
 import numpy as np
+
+from .balance.problem import FS, PS, Rates
 
 DISPATCHERS = ("all_gather", "all_to_all")  # in the order in which they win ties
 DEGREES = (1, 2, 4, 8)
@@ -27,10 +31,13 @@ def _ceil_div(value: int, by: int) -> int:
     return -(-value // by)
 
 
-def _check_constants(cost: LinkCost | ExpertCost) -> None:
+def _check_constants(cost: Any) -> None:
     """Plain integers, not numpy's that overflow, and none below 0."""
     for field in fields(cost):
-        value = index(getattr(cost, field.name))
+        value = getattr(cost, field.name)
+        if isinstance(value, LinkCost | ExpertCost):
+            continue
+        value = index(value)
         if value < 0:
             raise ValueError(f"{field.name} is {value}; a cost cannot be below 0, measure it again")
         object.__setattr__(cost, field.name, value)
@@ -38,19 +45,20 @@ def _check_constants(cost: LinkCost | ExpertCost) -> None:
 
 @dataclass(frozen=True)
 class LinkCost:
-    """Time of one collective: a start-up time and a time per byte (the alpha-beta model).
+    """Time of one collective or transfer: a start-up time and a time per byte (the alpha-beta model).
 
-    Bytes are what the busiest rank sends or receives, the larger of the two, its own share left out.
+    Bytes of a collective are what the busiest rank sends or receives, the larger of the two, its own share left out.
+    Femtoseconds: a byte takes two picoseconds at 500 GB/s, too few to count in whole ones.
     """
 
     alpha_ns: int
-    ps_per_byte: int
+    fs_per_byte: int
 
     def __post_init__(self) -> None:
         _check_constants(self)
 
     def time_ns(self, nbytes: int) -> int:
-        return self.alpha_ns + _ceil_div(index(nbytes) * self.ps_per_byte, 1000)
+        return self.alpha_ns + _ceil_div(index(nbytes) * self.fs_per_byte, FS)
 
 
 @dataclass(frozen=True)
@@ -70,29 +78,67 @@ class ExpertCost:
 
     def time_ns(self, experts: int, rows: int) -> int:
         streaming = index(experts) * self.per_expert_ns
-        return self.base_ns + max(streaming, _ceil_div(index(rows) * self.ps_per_row, 1000))
+        return self.base_ns + max(streaming, _ceil_div(index(rows) * self.ps_per_row, PS))
+
+
+FREE = LinkCost(0, 0)
+
+
+@dataclass(frozen=True)
+class RankConstants:
+    """What a rank measures by itself."""
+
+    experts: ExpertCost
+    few_rows: int
+    """Mean rows per expert up to which the compiled kernels are the faster way; 0 at none, as on a GPU."""
+    host: LinkCost = FREE
+    """A copy between host and device, the slower direction; free where they are the same."""
+
+    def __post_init__(self) -> None:
+        _check_constants(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RankConstants:
+        """The inverse of `dataclasses.asdict`. Raises ValueError or TypeError for anything else."""
+        return cls(**_parts(cls, values))
 
 
 @dataclass(frozen=True)
 class Constants:
-    """All that the choices need to know of a machine; equal on all ranks once they took the `worst`."""
+    """All that the choices need to know of a group of ranks; equal on all ranks once they took the `worst`."""
 
     small: LinkCost  # the counts exchange: an all-gather of int32
     all_gather: LinkCost
     reduce_scatter: LinkCost
     all_to_all: LinkCost
-    experts: ExpertCost
+    experts: ExpertCost  # with all ranks computing at once
+    near: LinkCost = FREE
+    """An expert's weights from one rank to another of the same machine, all ranks sending or receiving one."""
+    far: LinkCost = FREE
+    """The same between two machines: bytes of all their ranks together over the time of all."""
+    planner_ns: int = 0
+    """One balancing plan on the host."""
+
+    def __post_init__(self) -> None:
+        _check_constants(self)
 
     def to_list(self) -> list[int]:
         """Plain integers, to send to other ranks."""
-        return [value for part in astuple(self) for value in part]
+        parts = (getattr(self, field.name) for field in fields(self))
+        return [value for part in parts for value in ([part] if isinstance(part, int) else _values(part))]
 
     @classmethod
     def from_list(cls, values: Sequence[int]) -> Constants:
-        if len(values) != 11:
-            raise ValueError(f"constants has {len(values)} values, not 11; all ranks must run the same moeyard")
+        if len(values) != 16:
+            raise ValueError(f"constants has {len(values)} values, not 16; all ranks must run the same moeyard")
         small, all_gather, reduce_scatter, all_to_all = (LinkCost(*values[i : i + 2]) for i in range(0, 8, 2))
-        return cls(small, all_gather, reduce_scatter, all_to_all, ExpertCost(*values[8:]))
+        near, far = LinkCost(*values[11:13]), LinkCost(*values[13:15])
+        return cls(small, all_gather, reduce_scatter, all_to_all, ExpertCost(*values[8:11]), near, far, values[15])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Constants:
+        """The inverse of `dataclasses.asdict`. Raises ValueError or TypeError for anything else."""
+        return cls(**_parts(cls, values))
 
     @classmethod
     def worst(cls, all_ranks: Sequence[Constants]) -> Constants:
@@ -100,6 +146,22 @@ class Constants:
         if not all_ranks:
             raise ValueError("all_ranks is empty; the constants of at least one rank are needed")
         return cls.from_list([max(values) for values in zip(*(c.to_list() for c in all_ranks), strict=True)])
+
+
+def _values(cost: LinkCost | ExpertCost) -> list[int]:
+    return [getattr(cost, field.name) for field in fields(cost)]
+
+
+def _parts(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `cls`, all of them, from plain values."""
+    names = {field.name for field in fields(cls)}
+    if not isinstance(values, Mapping) or set(values) != names:
+        raise ValueError(f"constants: expected {', '.join(sorted(names))}")
+    makers: dict[str, Any] = {"LinkCost": LinkCost, "ExpertCost": ExpertCost}
+    types = {field.name: str(field.type) for field in fields(cls)}
+    return {
+        name: index(value) if types[name] == "int" else makers[types[name]](**value) for name, value in values.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -110,86 +172,6 @@ class Choice:
     degree: int
     modelled_ns: int
     alternatives: tuple[tuple[str, int, int], ...]
-
-
-# From measurements to constants
-
-
-def fit_link(samples: Iterable[tuple[int, int]]) -> LinkCost:
-    """The link that explains samples of (bytes, ns) best.
-
-    The median of each size counts, by its relative error, so that small sizes give alpha and large ones beta.
-
-    Raises:
-        ValueError: with fewer than two different sizes, or times that are not above 0.
-    """
-    points = _medians(samples)
-    if len(points) < 2:
-        raise ValueError(f"samples has {len(points)} different sizes; at least 2 are needed to tell alpha from beta")
-    alpha, beta, _ = _fit_line(np.array([size for (size,), _ in points]), np.array([ns for _, ns in points]))
-    return LinkCost(round(alpha), round(1000 * beta))
-
-
-def fit_experts(samples: Iterable[tuple[int, int, int]]) -> ExpertCost:
-    """The expert cost that explains samples of (experts touched, rows, ns) best.
-
-    Given the rows per expert at which streaming ends, the model is a line in `max(crossover * experts, rows)`; the
-    crossover is searched between the samples' smallest and largest. A regime that no sample is in gets the largest
-    cost that the samples allow.
-
-    Raises:
-        ValueError: with fewer than three different (experts, rows), no rows in any, or times that are not above 0.
-    """
-    points = _medians(samples)
-    if len(points) < 3:
-        raise ValueError(f"samples has {len(points)} different (experts, rows); at least 3 are needed")
-    experts, rows = np.array([x for x, _ in points], dtype=float).T
-    times = np.array([ns for _, ns in points])
-    busy = (experts > 0) & (rows > 0)
-    if not busy.any():
-        raise ValueError("samples has no rows in any; give some experts work")
-    ratios = rows[busy] / experts[busy]
-    low, high = float(ratios.min()), float(ratios.max())
-    fits: dict[float, tuple[float, float, float]] = {}
-    for _ in range(3):  # each round looks closer around the best so far
-        for crossover in np.geomspace(low, high, 41).tolist():
-            fits[crossover] = _fit_line(np.maximum(crossover * experts, rows), times)
-        best = min(fits, key=lambda q: (fits[q][2], q))
-        tried = sorted(fits)
-        at = tried.index(best)
-        low, high = tried[max(at - 1, 0)], tried[min(at + 1, len(tried) - 1)]
-    base, per_row, _ = fits[best]
-    return ExpertCost(round(base), round(best * per_row), round(1000 * per_row))
-
-
-def _medians(samples: Iterable[tuple[int, ...]]) -> list[tuple[tuple[int, ...], float]]:
-    """The median time of each input; a sample is its input's numbers, then its time. In order of the inputs."""
-    times: dict[tuple[int, ...], list[int]] = {}
-    for sample in samples:
-        *inputs, ns = map(index, sample)
-        if ns <= 0 or min(inputs) < 0:
-            raise ValueError(f"samples has {tuple(sample)}; sizes cannot be below 0 and times must be above 0 ns")
-        times.setdefault(tuple(inputs), []).append(ns)
-    return sorted((inputs, float(median(ns))) for inputs, ns in times.items())
-
-
-def _fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Intercept and slope, neither below 0, with the smallest sum of relative absolute errors, and that sum.
-
-    Such a line goes through two of the points, or through one with the slope or the intercept at 0: all are tried.
-    Absolute errors, not their squares, so that a point that is far off does not pull the line.
-    """
-    i, j = np.triu_indices(len(x), 1)
-    i, j = i[x[i] != x[j]], j[x[i] != x[j]]
-    slope = (y[j] - y[i]) / (x[j] - x[i])
-    level, through_zero = np.zeros(len(y)), y[x > 0] / x[x > 0]
-    intercepts = np.concatenate([y, y[i] - slope * x[i], np.zeros(len(through_zero))])
-    slopes = np.concatenate([level, slope, through_zero])
-    possible = (intercepts >= 0) & (slopes >= 0)
-    intercepts, slopes = intercepts[possible], slopes[possible]
-    errors = (np.abs(intercepts[:, None] + slopes[:, None] * x - y) / y).sum(1)
-    best = int(errors.argmin())
-    return float(intercepts[best]), float(slopes[best]), float(errors[best])
 
 
 # From constants to times
@@ -257,6 +239,70 @@ def _touched(here: int, tokens: int, top_k: int, experts: int) -> int:
             untouched = untouched * power // _ONE
         power, tokens = power * power // _ONE, tokens >> 1
     return here - here * untouched // _ONE
+
+
+def rates(
+    constants: Constants,
+    *,
+    row_bytes: int,
+    row_bytes_back: int,
+    top_k: int,
+    experts: int,
+    ranks: int,
+    beside: bool,
+    hidden_ns: int = 0,
+) -> Rates:
+    """What the balancing planners calculate with, for a layer of `experts` experts over `ranks` ranks by all-to-all.
+
+    A token travels once to a rank that has several of its experts, and not at all to its own: each (token, expert) pair
+    pays for its share of that, under uniform routing. Where experts are spread unevenly the rank with the most counts.
+
+    Args:
+        row_bytes: of one row on its way to the experts, with what travels along.
+        row_bytes_back: of one row on its way home.
+        beside: whether rows travel while experts compute, as on GPUs. Gloo computes with the cores that the experts
+            need: there a row takes the sum of both.
+        hidden_ns: how long weights are under way before the experts could begin anyway.
+    """
+    c, top_k, experts, ranks = constants, index(top_k), index(experts), index(ranks)
+    hits_P, ways = _hits(top_k, experts, ranks)
+    here = _ceil_div(experts, ranks)
+    bytes_fs = (index(row_bytes) + index(row_bytes_back)) * c.all_to_all.fs_per_byte
+    wire_ps = _ceil_div(bytes_fs * hits_P[0] * experts * (ranks - 1), ways * top_k * here * ranks * FS // PS)
+    counts_ns = c.small.time_ns((ranks - 1) * experts * _COUNT_BYTES) if ranks > 1 else 0
+    return Rates(
+        base_ns=c.experts.base_ns + counts_ns + (2 * c.all_to_all.alpha_ns if ranks > 1 else 0),
+        expert_ps=c.experts.per_expert_ns * PS,
+        row_ps=c.experts.ps_per_row + (0 if beside else wire_ps),
+        wire_ps=wire_ps if beside else 0,
+        near_alpha_ns=c.near.alpha_ns,
+        near_fs_per_byte=c.near.fs_per_byte,
+        far_alpha_ns=c.far.alpha_ns,
+        far_fs_per_byte=c.far.fs_per_byte,
+        hidden_ns=hidden_ns,
+        guest_ns=c.experts.base_ns,  # a call of its own
+        plan_ns=counts_ns + c.planner_ns,
+    )
+
+
+def balancing_can_pay(rates: Rates, rows: int, ranks: int) -> bool:
+    """Whether any routing of so many rows could be worth a plan: all rows on one rank against all spread evenly."""
+    row_ps = max(rates.row_ps, rates.wire_ps)
+    return index(rows) * row_ps * (ranks - 1) // ranks > rates.plan_ns * PS
+
+
+def median_error(pairs: Iterable[tuple[int, int]]) -> float:
+    """How far modelled times are from measured ones, of pairs (modelled ns, measured ns): the median of
+    |modelled - measured| / measured. Raises ValueError for no pairs, or a measured time that is not above 0.
+    """
+    errors = []
+    for modelled, measured in pairs:
+        if measured <= 0:
+            raise ValueError(f"pairs has a measured time of {measured} ns; it must be above 0")
+        errors.append(abs(modelled - measured) / measured)
+    if not errors:
+        raise ValueError("pairs is empty; at least one modelled and measured time are needed")
+    return median(errors)
 
 
 # From times to choices

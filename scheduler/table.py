@@ -156,15 +156,6 @@ class ExpertTable:
         )
         return ExpertTable(self.experts, self.slots_PS[:rank] + self.slots_PS[rank + 1 :], hosts_E)
 
-    def with_rank_inserted(self, rank: int, row: Sequence[int] | None = None) -> ExpertTable:
-        """With a new rank of that number, empty or with the given row; the ranks from there on get the number
-        above."""
-        assert 0 <= rank <= self.ranks, f"rank {rank} into {self.ranks}"
-        new = (EMPTY,) * self.slots if row is None else tuple(row)
-        assert len(new) == self.slots, f"a row of {len(new)} slots into a table of {self.slots}"
-        hosts_E = self.hosts_E and tuple((host + (host >= rank), offset) for host, offset in self.hosts_E)
-        return ExpertTable(self.experts, (*self.slots_PS[:rank], new, *self.slots_PS[rank:]), hosts_E)
-
     def with_slots(self, slots: int) -> ExpertTable:
         """Every rank padded with empty slots to `slots`, which is not below what it has."""
         assert slots >= self.slots, f"{slots} slots for a table of {self.slots}"

@@ -8,13 +8,10 @@ import pytest
 import torch
 import world
 
-from moeyard.engine.dispatch import (
-    AllGatherDispatcher,
-    AllToAllDispatcher,
-    LocalDispatcher,
-    PlanMismatch,
-    RowFormat,
-)
+from moeyard.engine.all_gather import AllGatherDispatcher
+from moeyard.engine.all_to_all import AllToAllDispatcher
+from moeyard.engine.dispatch import LocalDispatcher, PlanMismatch
+from moeyard.engine.row_format import RowFormat
 from moeyard.scheduler import placement
 from moeyard.scheduler.assignment import nearest_homes
 from moeyard.scheduler.step_plan import StepPlan

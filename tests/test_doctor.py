@@ -112,6 +112,7 @@ def test_the_report_shows_gpus_and_what_is_missing():
             "python": "3.11",
             "machine": computer(gpus=[gpu]),
             "rates": {"gpu_read_bytes_per_s": 3e12, "cpu_float32_flops": 2e11},
+            "constants": [{"title": f"measured {i}", "facts": {"experts": "2 us"}} for i in range(6)],
             "libraries": [vars(library()), vars(library("x", extra="serve", installed=None, problem="not installed"))],
             "broken": ["numpy: gone"],
             "missing": ["x: gone"],
@@ -119,6 +120,7 @@ def test_the_report_shows_gpus_and_what_is_missing():
     )
     for line in ("GPU 0   GPU, 64 GiB, 32 GiB free, capability 9.0", "3000.0 GB/s", "200 GFLOP/s", "numpy: gone"):
         assert line in text
+    assert "measured 3\n    experts             2 us\n  and 2 older ones (--json shows all)\n" in text
 
 
 def test_the_container_s_quota_counts(tmp_path, monkeypatch):

@@ -54,6 +54,25 @@ def tokens(deltas):
     return [t for delta in deltas for t in delta.token_ids]
 
 
+@pytest.mark.parametrize("had", [0, 1, 3])
+def test_a_resumed_request_goes_on_and_its_prompt_is_not_counted_again(make, had):
+    engine = make()
+    prompt, params = list(range(10)), SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    whole = run(engine, {"whole": (prompt, params)})
+    before = engine.stats(with_experts=False)
+    assert (before.prompt_tokens, before.generated_tokens) == (10, 6)
+    first = tokens(whole["whole"])[:had]
+    engine.submit(Submit(request_id="rest", prompt_ids=prompt, params=params.to_dict(), output_ids=first))
+    rest = []
+    while engine.has_work:
+        rest += engine.step()
+    after = engine.stats(with_experts=False)
+    assert first + tokens(rest) == tokens(whole["whole"])
+    # Without a token yet the lost rank had not counted it.
+    assert after.prompt_tokens - before.prompt_tokens == (0 if had else 10)
+    assert after.generated_tokens - before.generated_tokens == 6 - had
+
+
 def test_prefix_reuse_takes_effect_and_changes_no_token(make):
     shared = prompts(131, 1, seed=1)[0][:1] + list(range(40))
     ids = [[*shared, 7 * i % 131] for i in range(6)]

@@ -9,6 +9,7 @@ from test_parity import prompts, reference
 from test_ranks import facts_of, make_engine, run_until_done, submit
 
 from moeyard.engine.dispatch import PlanMismatch
+from moeyard.engine.group import RankLost
 from moeyard.kernels.environment import usable_cores
 from moeyard.scheduler import placement
 from moeyard.scheduler.cost import Constants, ExpertCost, LinkCost
@@ -30,10 +31,37 @@ CASES: dict[str, dict] = {
 }
 CASES = {name: case for name, case in CASES.items() if case.get("threads", 1) <= usable_cores()}
 
+BREAK_AT = 5  # steps until the group of `broken_step` breaks
+
 
 def swapped():
     """Where linear placement's experts go when both ranks change theirs."""
     return [list(reversed(placement.linear(EXPERTS, RANKS).to_lists()))] * LAYERS
+
+
+def broken_step(group, path, mine):
+    """An engine whose group breaks once, in a step's last layer: by then the others have counted its tokens."""
+    engine = make_engine(group, path, **CASES["all_to_all"])
+    out = submit(engine, mine, NEW_TOKENS)
+    last = engine._experts.layers[-1]
+    run_local, counted = last.run_local, []
+
+    def break_off(*args):
+        counted.append([layer.counts_E.tolist() for layer in engine._experts.layers])
+        if len(counted) == BREAK_AT:
+            raise RankLost(group.progress, TimeoutError("a test"))
+        return run_local(*args)
+
+    last.run_local = break_off
+    try:
+        run_until_done(engine, out)
+    except RankLost:
+        taken_back = [layer.counts_E.tolist() for layer in engine._experts.layers]
+        engine.join(world.next_group(group))
+    run_until_done(engine, out)
+    facts = {**facts_of(engine), "out": list(out.values()), "counted": counted[BREAK_AT - 1], "taken_back": taken_back}
+    engine.close()
+    return engine._parallel.group, facts
 
 
 def every_case(group, path, by_rank):
@@ -56,6 +84,7 @@ def every_case(group, path, by_rank):
         took = [b - a for a, b in itertools.pairwise(moved) if b > a]
         facts[name] = {**facts_of(engine), "out": list(out.values()), "took": took, "start": start}
         engine.close()
+    group, facts["broken"] = broken_step(world.next_group(group), path, by_rank[group.position])
     group.close()
     return facts
 
@@ -140,10 +169,19 @@ def test_threads(results):
     assert all(facts["threads"]["threads"] == 2 and facts["all_gather"]["threads"] == 1 for facts in results)
 
 
+def test_a_step_that_broke_off_is_counted_once(results, wanted):
+    assert results[0]["broken"]["out"] + results[1]["broken"]["out"] == wanted
+    for facts in results:
+        broken, undisturbed = facts["broken"], facts["all_to_all"]["stats"]
+        assert broken["counted"] != broken["taken_back"]
+        assert broken["stats"].expert_counts == undisturbed.expert_counts
+        assert broken["stats"].prompt_tokens == undisturbed.prompt_tokens
+
+
 # What `auto` chooses, from times that leave no doubt.
 
 FREE, DEAR = LinkCost(1, 0), LinkCost(10**8, 0)
-PER_BYTE = LinkCost(1, 10**6)  # a microsecond: the rows are what costs
+PER_BYTE = LinkCost(1, 10**9)  # a microsecond: the rows are what costs
 NO_EXPERTS, PER_ROW = ExpertCost(1, 0, 0), ExpertCost(1, 0, 10**8)
 TIMES = {
     "all_gather": Constants(DEAR, FREE, FREE, DEAR, NO_EXPERTS),
@@ -211,7 +249,7 @@ def test_auto_goes_by_the_times(chosen, wanted, name):
 
 
 def test_all_ranks_hold_the_same_measured_times(chosen):
-    assert chosen[0]["measured"] == chosen[1]["measured"] and len(chosen[0]["measured"]) == 11
+    assert chosen[0]["measured"] == chosen[1]["measured"] and len(chosen[0]["measured"]) == 16
 
 
 def test_ranks_with_other_tables_stop_by_name(chosen):

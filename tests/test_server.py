@@ -3,6 +3,8 @@
 import asyncio
 import concurrent.futures
 import json
+import logging
+import re
 import socket
 import threading
 
@@ -11,6 +13,7 @@ import openai
 import pytest
 
 from moeyard.engine.messages import Stats
+from moeyard.launch import server as module
 from moeyard.launch import sse
 from moeyard.launch.frontend import RequestError
 
@@ -775,3 +778,20 @@ def test_vllm_bench_serve(http, frontend, path):
     produced = "".join(piece["text"] if "text" in piece else piece["delta"]["content"] for piece in pieces)
     source = text if path == "/v1/completions" else text + "\n"
     assert produced == repeated(frontend, source, 8)
+
+
+def test_log_lines_have_time_level_and_name(monkeypatch, capsys):
+    root, ours = logging.getLogger(), logging.getLogger("moeyard")
+    levels = root.level, ours.level
+    monkeypatch.setattr(root, "handlers", [])
+    try:
+        module._log_to_stderr()
+        logging.getLogger("moeyard.frontend").info("a rank was lost")
+        logging.getLogger("httpx").info("a library's progress")
+        logging.getLogger("uvicorn.error").warning("a library's warning")
+    finally:
+        root.setLevel(levels[0])
+        ours.setLevel(levels[1])
+    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+    lines = rf"{time} INFO moeyard.frontend: a rank was lost\n{time} WARNING uvicorn.error: a library's warning\n"
+    assert re.fullmatch(lines, capsys.readouterr().err)
