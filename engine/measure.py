@@ -32,7 +32,7 @@ TRIAL_EXPERTS = 16
 """Most experts that are timed at once."""
 _EXPERTS = (1, 4, TRIAL_EXPERTS)
 _ROWS_PER_EXPERT = (1, 16, 64, 256, 1024)
-_MOST_ROWS = 4096
+_MOST_ROWS = 2048
 """Of one call: what is measured must not be what most memory is used for."""
 _EXPERTS_BUDGET_S = 3.0
 """Cases that would take longer than what is left of this are left out."""
@@ -41,7 +41,7 @@ _CASE_S = 0.02
 _MOST_REPEATS = 16
 _ROWS = (8, 128, 1024)
 """Rows of one hidden vector to or from each other rank; at most so many that all together are:"""
-_EXCHANGE_BYTES = 2**22
+_EXCHANGE_BYTES = 2**21
 _SMALL = (64, 1024)
 _REPEATS = 4
 _EXCHANGES, _LARGE = 12, 2**22
