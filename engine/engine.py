@@ -53,6 +53,8 @@ from .sampling import Sampled, SequenceSampler, sample
 
 logger = logging.getLogger(__name__)
 
+GIVE_BACK_TOKENS = 256
+"""Steps of so many tokens leave holes in the heap that the next ones do not fit into; about a millisecond each."""
 COMPILE_WAIT_S = 300.0
 """How long another process may compile before this one does so beside it."""
 START_TIMEOUT_S = 3600.0
@@ -263,6 +265,8 @@ class Engine:
             self._parallel.group.settle()
         self._scheduler.commit(step)
         self._steps += 1
+        if self.device.type == "cpu" and sum(step.tokens.values()) >= GIVE_BACK_TOKENS:
+            give_back()
         requests = [self._scheduler.get(request_id) for request_id in step.samples]
         results = sample(logits_BV, [r.payload.sampler for r in requests]) if requests else []
         return [self._advance(request, result) for request, result in zip(requests, results, strict=True)]
