@@ -53,13 +53,20 @@ node sends away what it has too much of together, so that a rank can give more t
 _PARTS = np.array([2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 63], dtype=np.int64)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
+def _copy(values, into):
+    """Assigning a slice compiles to a hundred times as much code."""
+    for i in range(len(values)):
+        into[i] = values[i]
+
+
+@njit(cache=True)
 def _link_ns(expert_bytes, parts, alpha, rate):
     size = -(-expert_bytes // parts)
     return alpha + -(-(size * rate) // FS)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def _guest_ps(rates, rows, parts, chunks):
     """Work of a guest; as `model.guest_ps`."""
     streaming = -(-(rates[EXPERT] * chunks) // parts)
@@ -67,13 +74,19 @@ def _guest_ps(rates, rows, parts, chunks):
     return max(streaming, computing, rates[WIRE] * rows) + rates[GUEST] * PS * chunks
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def times(rates, hidden_row, held_rows_P, held_touched_P, transfers, count, chunks, done_P):
     """Fills done_P with each rank's picoseconds after `base`; the same as `model.rank_times`."""
     ranks = len(held_rows_P)
     for p in range(ranks):
         done_P[p] = max(rates[EXPERT] * held_touched_P[p] * chunks, hidden_row * held_rows_P[p])
-    order = np.argsort(transfers[:count, T_ARRIVAL], kind="mergesort")
+    order = np.empty(count, dtype=np.int64)  # by arrival; of equal ones as they are sent
+    for i in range(count):
+        at = i
+        while at > 0 and transfers[order[at - 1], T_ARRIVAL] > transfers[i, T_ARRIVAL]:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = i
     for i in order:
         rows = transfers[i, T_ROWS]
         if rows > 0:
@@ -82,7 +95,7 @@ def times(rates, hidden_row, held_rows_P, held_touched_P, transfers, count, chun
             done_P[d] = max(done_P[d], arrival) + _guest_ps(rates, rows, transfers[i, T_PARTS], chunks)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def worst_ns(rates, held_rows_P, held_touched_P, transfers, count, chunks, done_P):
     """The price without `plan_ns`."""
     times(rates, max(rates[ROW], rates[WIRE]), held_rows_P, held_touched_P, transfers, count, chunks, done_P)
@@ -96,7 +109,7 @@ def worst_ns(rates, held_rows_P, held_touched_P, transfers, count, chunks, done_
     return worst + (rates[BASE] * chunks if busy else 0)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def arrive(rates, expert_bytes, node_P, holds_PE, transfers, count):
     """Fills the arrivals in; the same as `model.arrivals`."""
     ranks, experts = holds_PE.shape
@@ -120,7 +133,7 @@ def arrive(rates, expert_bytes, node_P, holds_PE, transfers, count):
         transfers[i, T_ARRIVAL] = end
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def chunks_for(rows_P, most_rows_P):
     chunks = np.int64(1)
     for p in range(len(rows_P)):
@@ -131,7 +144,7 @@ def chunks_for(rows_P, most_rows_P):
 # Splits over ranks that hold the expert
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def _whole(rates, loads_E, several, holders_EP, count_E, split_EP, rows_P, touched_P, fewest):
     """Each expert with several holders onto one: the one with the `fewest` experts (METRO), or the one that then has
     the least time (TEMPO's seed). Largest first; of equal ones that with fewer rows, then the lower rank.
@@ -157,7 +170,7 @@ def _whole(rates, loads_E, several, holders_EP, count_E, split_EP, rows_P, touch
         touched_P[best] += 1
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def _pour(loads_E, several, holders_EP, count_E, split_EP, rows_P, touched_P):
     """Each expert with several holders over them like water, again and again until nothing moves: LPLB's linear
     programme, one expert at a time.
@@ -195,7 +208,7 @@ def _pour(loads_E, several, holders_EP, count_E, split_EP, rows_P, touched_P):
             break
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def _refine(rates, several, holders_EP, count_E, split_EP, rows_P, touched_P, rounds):
     """Moves rows off the slowest rank to other holders, as long as that makes it faster (TEMPO's local search)."""
     ranks = len(rows_P)
@@ -239,7 +252,7 @@ def _refine(rates, several, holders_EP, count_E, split_EP, rows_P, touched_P, ro
 # Weights that move
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def _takers(
     goal,
     expert,
@@ -278,7 +291,7 @@ def _takers(
     return n
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def _attempt(
     goal,
     quantum,
@@ -296,6 +309,7 @@ def _attempt(
     segment_rank,
     segment_rows,
     first_P,
+    same_S,
     base_rows_P,
     base_touched_P,
     # results
@@ -323,9 +337,9 @@ def _attempt(
     receiving = np.zeros(2 * ranks, dtype=np.int64)
     excess_P = np.zeros(ranks, dtype=np.int64)  # rows that a rank wants to lose
     drop_P = np.zeros(ranks, dtype=np.int64)  # experts
-    left[:] = segment_rows
-    rows_P[:] = base_rows_P
-    touched_P[:] = base_touched_P
+    _copy(segment_rows, left)
+    _copy(base_rows_P, rows_P)
+    _copy(base_touched_P, touched_P)
     closed = np.zeros(len(left), dtype=np.int64)  # bit 1: no more by near links, 2: nor by far ones
     grouped = np.zeros(holds_PE.shape[1], dtype=np.bool_)
     limit = ranks + len(transfers)
@@ -568,8 +582,9 @@ def _attempt(
                 score = rows * row * 1024 // max(np.int64(1), last - start) + 1
                 if score > best_score:
                     best_score, best_parts, best_rows = score, parts, rows
-                    chosen[:parts] = trial[:parts]
-                    chosen_far[:parts] = trial_far[:parts]
+                    for i in range(parts):
+                        chosen[i] = trial[i]
+                        chosen_far[i] = trial_far[i]
         if at >= origins and not far and best_parts and node_P[p] != node_P[origin]:
             forced, forced_node = s, node_P[p]
         if best_parts == 0 or count + best_parts > len(transfers):
@@ -624,6 +639,25 @@ def _attempt(
         done_P[origin] = max(rates[EXPERT] * touched_P[origin], row * rows_P[origin])
         if chosen_far[0] or node_P[p] != node_P[origin]:
             need_N[node_P[origin]] -= best_rows * row
+        other = same_S[s] if best_parts == 1 and row else s
+        while other != s:  # what has come is of use for the expert's other holders too
+            d, q = chosen[0], segment_rank[other]
+            rows = min(left[other], excess_P[q], (goal - done_P[d]) // row)
+            rows = min(rows, most_rows_P[d] - rows_P[d] - incoming_P[d], quantum // row - transfers[count - 1, T_ROWS])
+            if rows > 0:
+                left[other] -= rows
+                rows_P[q] -= rows
+                excess_P[q] -= rows
+                if left[other] == 0:
+                    touched_P[q] -= 1
+                    drop_P[q] -= 1
+                done_P[q] = max(rates[EXPERT] * touched_P[q], row * rows_P[q])
+                if node_P[q] != node_P[d]:
+                    need_N[node_P[q]] -= rows * row
+                transfers[count - 1, T_ROWS] += rows
+                incoming_P[d] += rows
+                done_P[d] += rows * row
+            other = same_S[other]
         if over and excess_P[origin] < 0:  # it can take from others now
             for i in range(len(left)):
                 if node_P[segment_rank[i]] == node_P[origin]:
@@ -634,7 +668,7 @@ def _attempt(
     return count
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True)
 def search(rows_PE, holds_PE, home_E, node_P, room_P, most_rows_P, rates, expert_bytes):
     """The best plan that is found: how far it went (0 native, 1 other rows, 2 transfers), rows_EP, sliced_E, [n, 5]
     transfers, chunks, its price and the native one.
@@ -654,7 +688,7 @@ def search(rows_PE, holds_PE, home_E, node_P, room_P, most_rows_P, rates, expert
     touched_P = np.zeros(ranks, dtype=np.int64)
     total = np.int64(0)
     used = np.int64(0)
-    several_n = 0
+    several_n = np.int64(0)
     several = np.empty(experts, dtype=np.int64)
     for e in range(experts):
         if loads_E[e] > 0:
@@ -675,15 +709,15 @@ def search(rows_PE, holds_PE, home_E, node_P, room_P, most_rows_P, rates, expert
                 several[at] = e
                 several_n += 1
     several = several[:several_n]
-    nodes = 0
+    nodes = np.int64(0)
     for p in range(ranks):
         nodes = max(nodes, node_P[p] + 1)
     done_P = np.empty(ranks, dtype=np.int64)
     transfers = np.zeros((4 * ranks + 64, COLUMNS), dtype=np.int64)
     native_chunks = chunks_for(rows_P, most_rows_P)
-    native_ns = worst_ns(rates, rows_P, touched_P, transfers, 0, native_chunks, done_P)
+    native_ns = worst_ns(rates, rows_P, touched_P, transfers, np.int64(0), native_chunks, done_P)
     best_ns, kind, chunks = native_ns, 0, native_chunks
-    best_count = 0
+    best_count = np.int64(0)
     best_transfers = transfers.copy()
     sliced_E = np.zeros(experts, dtype=np.int64)
     if total == 0 or ranks == 1:
@@ -708,7 +742,7 @@ def search(rows_PE, holds_PE, home_E, node_P, room_P, most_rows_P, rates, expert
                 _whole(rates, loads_E, several, holders_EP, count_E, trial_split, trial_rows, trial_touched, start == 2)
             _refine(rates, several, holders_EP, count_E, trial_split, trial_rows, trial_touched, 2 * ranks)
             trial_chunks = chunks_for(trial_rows, most_rows_P)
-            ns = worst_ns(rates, trial_rows, trial_touched, transfers, 0, trial_chunks, done_P)
+            ns = worst_ns(rates, trial_rows, trial_touched, transfers, np.int64(0), trial_chunks, done_P)
             if ns < best_ns:
                 best_ns, kind, chunks = ns, 1, trial_chunks
                 base_rows, base_touched, base_split = trial_rows, trial_touched, trial_split
@@ -722,21 +756,29 @@ def search(rows_PE, holds_PE, home_E, node_P, room_P, most_rows_P, rates, expert
     segment_rank = np.empty(size, dtype=np.int64)
     segment_rows = np.empty(size, dtype=np.int64)
     first_P = np.zeros(ranks + 1, dtype=np.int64)
-    at = 0
+    end = 0
     for p in range(ranks):
         for e in range(experts):
             if split_EP[e, p] > 0:
-                segment_expert[at] = e
-                segment_rank[at] = p
-                segment_rows[at] = split_EP[e, p]
-                at += 1
-        first_P[p + 1] = at
+                segment_expert[end] = e
+                segment_rank[end] = p
+                segment_rows[end] = split_EP[e, p]
+                end += 1
+        first_P[p + 1] = end
+    same_S = np.arange(size)  # round the segments of an expert
+    last_E = np.full(experts, -1)
+    for i in range(size):
+        e = segment_expert[i]
+        if last_E[e] >= 0:
+            same_S[i] = same_S[last_E[e]]
+            same_S[last_E[e]] = i
+        last_E[e] = i
     left = np.empty(size, dtype=np.int64)
     best_left = segment_rows.copy()
     trial_rows, trial_touched = np.empty(ranks, dtype=np.int64), np.empty(ranks, dtype=np.int64)
     received = np.empty(ranks, dtype=np.int64)
     has_PE = np.zeros((ranks, experts), dtype=np.int32)
-    stamp = 0
+    stamp = np.int64(0)
     mean = -(-max(row * total, rates[EXPERT] * used) // ranks)
     for way in range(len(WAYS)):
         if nodes == 1 and (WAYS[way, SLICES] == 2 or way == 1 or way == 3):
@@ -773,6 +815,7 @@ def search(rows_PE, holds_PE, home_E, node_P, room_P, most_rows_P, rates, expert
                 segment_rank,
                 segment_rows,
                 first_P,
+                same_S,
                 rows_P,
                 touched_P,
                 left,
@@ -782,15 +825,16 @@ def search(rows_PE, holds_PE, home_E, node_P, room_P, most_rows_P, rates, expert
                 has_PE,
                 stamp,
             )
-            received[:] = trial_rows
+            _copy(trial_rows, received)
             for i in range(count):
                 received[transfers[i, T_DESTINATION]] += transfers[i, T_ROWS]
             trial_chunks = chunks_for(received, most_rows_P)
             ns = worst_ns(rates, trial_rows, trial_touched, transfers, count, trial_chunks, done_P)
             if ns < best_ns:
                 best_ns, kind, chunks, best_count = ns, 2, trial_chunks, count
-                best_transfers[:count] = transfers[:count]
-                best_left[:] = left
+                for i in range(count):
+                    _copy(transfers[i], best_transfers[i])
+                _copy(left, best_left)
             if (ns - rates[BASE]) * PS <= goal + PS:
                 high = min(goal, (ns - rates[BASE]) * PS)
             else:
