@@ -5,6 +5,7 @@ P: ranks, E: experts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -80,8 +81,9 @@ class Numbers:
 class GuestMoves:
     """The weights of one layer's plan on their way from and to this rank.
 
-    Sent and received on exchanges of their own, in the plan's order, beside the tokens'. What this rank passes on
-    leaves when it has come. `packed_here(expert)` gives the bytes of what this rank has already, None for others.
+    Sent and received on exchanges of their own, beside the tokens', and between two ranks in the plan's order, which
+    is how the receiver tells them apart. What this rank passes on leaves when it has come. `pack(transfer)` gives the
+    bytes of what this rank has already, None for others.
     """
 
     def __init__(
@@ -91,31 +93,28 @@ class GuestMoves:
         room: GuestRoom,
         numbers: Numbers,
         transfers: Sequence[Transfer],
-        packed_here: Callable[[Transfer], torch.Tensor | None],
+        pack: Callable[[Transfer], torch.Tensor | None],
     ) -> None:
         self._group = group
         self._cutter = cutter
+        self._pack = pack
         self._coming: list[tuple[Transfer, int, torch.Tensor, Pending]] = []
-        self._relays: list[Transfer] = []
+        self._to_send = [t for t in transfers if t.source == group.position]
+        self._whole: dict[int, torch.Tensor] = {}
         self._leaving: list[tuple[torch.Tensor, Pending]] = []
         self._guests: dict[int, Guest] | None = None
-        here = group.position
-        whole = parts = 0
-        room.first_part(sum(t.destination == here and t.parts == 1 for t in transfers))
-        for t in transfers:
-            if t.destination == here:
-                nbytes = cutter.nbytes(t.part, t.parts)
-                if t.parts == 1:
-                    packed, number = room.whole(whole, nbytes), numbers.whole(whole)
-                    whole += 1
-                else:
-                    packed, number = room.part(nbytes), numbers.part(parts)
-                    parts += 1
-                self._coming.append((t, number, packed, group.receive_weights(t.source, packed)))
-            elif (packed_out := packed_here(t)) is not None:
-                self._send(t, packed_out)
+        mine = [t for t in transfers if t.destination == group.position]
+        slots, parts = itertools.count(), itertools.count()
+        room.first_part(sum(t.parts == 1 for t in mine))
+        for t in mine:
+            nbytes = cutter.nbytes(t.part, t.parts)
+            if t.parts == 1:
+                slot = next(slots)
+                packed, number = room.whole(slot, nbytes), numbers.whole(slot)
             else:
-                self._relays.append(t)
+                packed, number = room.part(nbytes), numbers.part(next(parts))
+            self._coming.append((t, number, packed, group.receive_weights(t.source, packed)))
+        self._send()
 
     @property
     def expected(self) -> bool:
@@ -129,17 +128,30 @@ class GuestMoves:
             for t, number, packed, pending in self._coming:
                 pending.wait()
                 if t.parts == 1:
-                    for relay in [r for r in self._relays if r.expert == t.expert]:
-                        self._send(relay, packed if relay.parts == 1 else self._cutter.cut(packed, relay.part, relay.parts))
+                    self._whole[t.expert] = packed
+                    self._send()
                 self._guests[number] = self._cutter.unpack(packed, t.part, t.parts)
         return self._guests
 
     def finish(self) -> None:
         """The end of the layer: what left this rank is not needed any more."""
         self.guests()
+        assert not self._to_send, "a plan passes on what does not come"
         for _, pending in self._leaving:
             pending.wait()
         self._leaving.clear()
 
-    def _send(self, t: Transfer, packed: torch.Tensor) -> None:
-        self._leaving.append((packed, self._group.send_weights(t.destination, packed)))
+    def _send(self) -> None:
+        """What is here, as far as nothing that is to reach the same rank before it is still missing."""
+        waiting: list[Transfer] = []
+        for t in self._to_send:
+            packed = None
+            if all(t.destination != other.destination for other in waiting):
+                packed = self._pack(t)
+                if packed is None and (whole := self._whole.get(t.expert)) is not None:
+                    packed = whole if t.parts == 1 else self._cutter.cut(whole, t.part, t.parts)
+            if packed is None:
+                waiting.append(t)
+            else:
+                self._leaving.append((packed, self._group.send_weights(t.destination, packed)))
+        self._to_send = waiting

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ..kernels.expert_loop import expert_loop
 from .dispatch import LocalDispatcher
@@ -127,7 +128,7 @@ class GuestRoom:
     """
 
     def __init__(self, nbytes: int, cutter: Cutter, device: torch.device) -> None:
-        expert = cutter.nbytes()
+        self.expert_bytes = expert = cutter.nbytes()
         self.slots = nbytes // expert
         self.most_used = 0
         self._stride = expert + MOST_PARTS * (cutter.nbytes(0, cutter.width) + 5 * ALIGNMENT)
@@ -182,6 +183,27 @@ def run_guests(
     down_bias: Any = [guest.down_bias_D for guest in present] if up_bias is not None else None
     y_RD = expert_loop(x_RD, token_R[: int(counts_S.sum())], counts_S, up, down, gate, up_bias, down_bias)
     return dispatcher.combine(y_RD, state)
+
+
+def run_guests_on_all(
+    x_RD: torch.Tensor,
+    numbers_RK: torch.Tensor,
+    weights_RK: torch.Tensor,
+    guests: Mapping[int, Guest],
+    gate: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The same by computing every guest for every row. For a GPU and few rows: an expert's time is that of its weights
+    then, and nobody waits to learn which rows are whose.
+    """
+    sums_RD = torch.zeros_like(x_RD)
+    for number, guest in guests.items():
+        named_RK = numbers_RK == number
+        weights_R = torch.where(named_RK, weights_RK, 0).sum(1, keepdim=True).to(x_RD.dtype)
+        h = gate(F.linear(x_RD, guest.up_ND, guest.up_bias_N))
+        y_RD = F.linear(h, guest.down_DI, guest.down_bias_D)
+        # Not multiplied by 0: what another expert's row gives need not be finite.
+        sums_RD += torch.where(named_RK.any(1, keepdim=True), weights_R * y_RD, 0)
+    return sums_RD
 
 
 def _aligned(nbytes: int) -> int:

@@ -19,38 +19,38 @@ class Lookup:
     """One table, never changed: whoever has it may go on reading while another takes its place."""
 
     def __init__(self, rank_PEQ: Integers, slot_PEQ: Integers, device: torch.device) -> None:
-        self._ranks, self._experts, self._places = rank_PEQ.shape
-        # Slots travel as 16 bits, too.
-        self._rank_N, self._slot_N = (
-            torch.from_numpy(np.ascontiguousarray(it, dtype=np.int16)).to(device).view(-1)
+        self._ranks, experts, self._places = rank_PEQ.shape
+        self._width = (experts + 1) * self._places
+        # Of all sources and places it would be large. Slots travel as 16 bits, too.
+        dtype = np.int64 if self._places == 1 else np.int16
+        self._rank_PN, self._slot_PN = (
+            # First what becomes of a choice that is none, -1.
+            torch.from_numpy(np.pad(it.astype(dtype), ((0, 0), (1, 0), (0, 0)), constant_values=-1))
+            .to(device)
+            .view(self._ranks, self._width)
             for it in (rank_PEQ, slot_PEQ)
         )
 
     def find(self, ids_TK: torch.Tensor, source: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rank and the slot there of each choice of all of a source's tokens; -1 for none."""
-        none = ids_TK < 0
-        index_TK = self._index(ids_TK, 0) + source * self._experts * self._places
-        return (
-            self._rank_N[index_TK].long().masked_fill_(none, -1),
-            self._slot_N[index_TK].long().masked_fill_(none, -1),
-        )
+        index_TK = self._index(ids_TK, 0)
+        return self._rank_PN[source][index_TK].long(), self._slot_PN[source][index_TK].long()
 
     def slots_at(self, position: int, ids_PRK: torch.Tensor, first: int) -> torch.Tensor:
         """[P, R, K]: the slot at `position` of each choice that its source sends there, -1 otherwise. The rows are the
         sources' tokens from number `first` on.
         """
         sources = torch.arange(self._ranks, device=ids_PRK.device)[:, None, None]
-        index_PRK = self._index(ids_PRK, first) + sources * (self._experts * self._places)
-        here = (self._rank_N[index_PRK] == position) & (ids_PRK >= 0)
-        return torch.where(here, self._slot_N[index_PRK].long(), -1)
+        index_PRK = self._index(ids_PRK, first) + sources * self._width
+        here = self._rank_PN.view(-1)[index_PRK] == position
+        return torch.where(here, self._slot_PN.view(-1)[index_PRK].long(), -1)
 
     def _index(self, ids_RK: torch.Tensor, first: int) -> torch.Tensor:
         """Of [..., R, K] choices, in a source's part of the table."""
-        safe = ids_RK.clamp_min(0)
         if self._places == 1:
-            return safe
+            return ids_RK + 1
         place_R = torch.arange(first, first + ids_RK.shape[-2], device=ids_RK.device) % self._places
-        return safe * self._places + place_R[:, None]
+        return (ids_RK + 1) * self._places + place_R[:, None]
 
 
 class Lookups:

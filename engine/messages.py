@@ -310,6 +310,10 @@ class Stats:
     balance_transfers: int = 0
     balance_parts: int = 0
     balance_split_experts: int = 0
+    balance_guest_hits: int = 0
+    balance_guests_kept: int = 0
+    balance_guests_evicted: int = 0
+    balance_tables: int = 0
     attention_ns: int = 0
     plan_ns: int = 0
     dispatch_ns: int = 0

@@ -21,12 +21,13 @@ import torch
 
 from .. import __version__
 from ..scheduler import cost, placement
-from ..scheduler.balance.baselines import PLANNERS, Planner
+from ..scheduler.balance.baselines import PLANNERS, UNCAPPED, Planner
 from ..scheduler.cost import DEGREES, DISPATCHERS, choose_step
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import EMPTY, ExpertTable
 from .balance import BalanceFigures, Balancer
 from .config import EngineConfig, format_size, parse_size
+from .decode_tables import DecodeTables
 from .dispatch import PlanMismatch
 from .group import RankGroup
 from .guests import GuestRoom
@@ -174,11 +175,23 @@ class Parallel:
             self._move()
         if not any(tokens_P):
             return None
-        plan = dataclasses.replace(self._choose(tokens_P), step=step, table_digest=self._table_digest)
+        plan = self._choose(tokens_P)
+        plan = dataclasses.replace(plan, step=step, table_digest=self._table_digest ^ self._advance_tables(plan))
         self.steps[plan.dispatcher] += 1
         self._last_digest = plan.digest
         self._context.plan = plan
         return plan
+
+    def _advance_tables(self, plan: StepPlan) -> int:
+        """The tables of steps that are not balanced, as they are for this step; their digest."""
+        balancer = self._context.balancer
+        if balancer is None or balancer.tables is None:
+            return 0
+        if self.balancing:
+            balancer.tables.advance(plan)
+        else:
+            balancer.tables.clear()
+        return balancer.tables.digest
 
     def take_part(self) -> None:
         """The layers of a step in which this rank has no tokens: its experts compute the others'."""
@@ -316,6 +329,8 @@ class Parallel:
         self._context.balancer = self._make_balancer()
         for index in range(len(self._layers)):
             self._use(index)
+        if self._context.balancer is not None:
+            self._context.balancer.tables = DecodeTables(self._context.balancer, self._top_k)
         self._digest_tables()
         self.awake = True
 
@@ -344,7 +359,7 @@ class Parallel:
     def _planner_trial(self, balancer: Balancer) -> None:
         """A plan for a layer like these, of rows that are not even: for its time."""
         rows_PE = np.tile(np.arange(self._experts)[::-1] ** 2 + 1, (self.group.size, 1))
-        balancer.trial(self._layers[0].cutter, self._mover.tables[0], rows_PE)
+        balancer.trial(0, rows_PE)
 
     def _make_balancer(self) -> Balancer | None:
         from .measure import machine_number
@@ -352,7 +367,7 @@ class Parallel:
         if self._planner is None or self.group.size == 1:
             return None
         if self._room is None:
-            layer = self._layers[0]
+            layer = max(self._layers, key=lambda layer: layer.cutter.nbytes())
             nbytes = guest_bytes(self._config, layer.cutter.nbytes(), layer.pool.num_slots)
             self._room = GuestRoom(nbytes, layer.cutter, self.group.device)
         machines = [row[0] for row in self.group.all_gather_ints([machine_number()])]
@@ -363,6 +378,7 @@ class Parallel:
             self._room,
             node_P=[nodes.index(m) for m in machines],
             figures=self._balance,
+            keep=self._config.balance not in UNCAPPED,
         )
 
     def _make_room(self, goals: Sequence[ExpertTable]) -> None:
@@ -418,10 +434,18 @@ def balance_planner(config: EngineConfig) -> Planner | None:
 
 
 def guest_bytes(config: EngineConfig, expert: int, slots: int) -> int:
-    """The room for guests: what the option says, or that of as many experts as a rank has, at most eight."""
-    if config.guest_memory is not None:
-        return parse_size(config.guest_memory, "guest_memory")
-    return min(slots, AUTO_GUESTS) * expert
+    """The room for guests: what the option says, or that of as many experts as a rank has, at most eight. Raises
+    ValueError for room in which no expert fits.
+    """
+    if config.guest_memory is None:
+        return min(slots, AUTO_GUESTS) * expert
+    nbytes = parse_size(config.guest_memory, "guest_memory")
+    if 0 < nbytes < expert:
+        raise ValueError(
+            f"guest_memory is {config.guest_memory}, and an expert of this model takes {format_size(expert)}; give as"
+            " much, or 0 for no guests"
+        )
+    return nbytes
 
 
 def check_alike(group: RankGroup, fingerprint: str, config: EngineConfig, timeout_s: float) -> None:

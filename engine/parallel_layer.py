@@ -13,10 +13,12 @@ from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable
 from .all_gather import AllGatherDispatcher
 from .all_to_all import AllToAllDispatcher
-from .balance import BalancedLayer, Balancer
+from .balance import Balancer
+from .balanced_layer import BalancedLayer
 from .dispatch import Arrived
 from .group import RankGroup
-from .guests import run_guests
+from .guests import run_guests, run_guests_on_all
+from .lookup import Lookups
 from .rank_dispatch import RankDispatcher
 from .row_format import RowFormat
 
@@ -42,11 +44,16 @@ class ParallelLayer:
         self.index = index
         self.degrees: dict[int, int] = {}
         """How often each number of chunks was run."""
+        lookups = Lookups(table, context.group.device)
         balancer = context.balancer
-        self._balance = BalancedLayer(balancer, layer.pool, layer.cutter, table) if balancer is not None else None
+        self._balance = (
+            BalancedLayer(balancer, index, layer.pool, layer.cutter, lookups, table, lambda: layer.counts_E)
+            if balancer is not None
+            else None
+        )
         self.dispatchers: dict[str, RankDispatcher] = {
-            "all_gather": AllGatherDispatcher(context.group, table),
-            "all_to_all": AllToAllDispatcher(context.group, table, self._choose_degree, self._balance),
+            "all_gather": AllGatherDispatcher(context.group, table, lookups),
+            "all_to_all": AllToAllDispatcher(context.group, table, self._choose_degree, self._balance, lookups),
         }
         self._row_bytes = (0, 0)
 
@@ -55,7 +62,7 @@ class ParallelLayer:
         for dispatcher in self.dispatchers.values():
             dispatcher.use(table)
         if self._balance is not None:
-            self._balance.table = table
+            self._balance.use(table)
 
     def run(self, layer: MoELayer, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Weighted outputs [T, D] of this rank's tokens; takes part for the others' when it has none."""
@@ -88,22 +95,25 @@ class ParallelLayer:
     def _compute(self, layer: MoELayer, arrived: Arrived) -> torch.Tensor:
         """The weighted sums of this rank's experts for what arrived: those it holds, then its guests."""
         progress = self.context.group.progress
+        balance = self._balance
         slots_RK = arrived.slots_RK
-        moves = self._balance.moves if self._balance is not None else None
-        if moves is not None and moves.expected:
+        guests_expected = balance is not None and balance.guests_expected
+        if guests_expected:
             slots_RK = slots_RK.masked_fill(slots_RK >= layer.pool.num_slots, -1)
         with progress.span("experts"):
             pairs = int((slots_RK >= 0).sum()) if slots_RK.device.type == "cpu" else None
             y_RD, _ = layer.run_local(arrived.x_RD, slots_RK, arrived.weights_RK, pairs)
-        if moves is None:
+        if balance is None or not (guests_expected or balance.moving):
             return y_RD
-        guests = moves.guests()  # also passes on what others wait for
+        guests = balance.guests()  # also passes on what others wait for
         if guests:
             with progress.span("experts"):
-                guests_RK = (arrived.slots_RK - layer.pool.num_slots).clamp_min(-1)
-                used_R = (guests_RK >= 0).any(1).nonzero()[:, 0]
+                numbers_RK = torch.where(arrived.slots_RK >= layer.pool.num_slots, arrived.slots_RK, -1)
+                if numbers_RK.device.type == "cuda" and not self.context.plan.balanced:
+                    return y_RD + run_guests_on_all(arrived.x_RD, numbers_RK, arrived.weights_RK, guests, layer.gate)
+                used_R = (numbers_RK >= 0).any(1).nonzero()[:, 0]
                 sums = run_guests(
-                    arrived.x_RD[used_R], guests_RK[used_R], arrived.weights_RK[used_R], guests, layer.gate
+                    arrived.x_RD[used_R], numbers_RK[used_R], arrived.weights_RK[used_R], guests, layer.gate
                 )
                 y_RD.index_add_(0, used_R, sums)
         return y_RD

@@ -92,6 +92,10 @@ _BALANCE = (
     ("transfers", "transfers", "Weight transfers of the plans.", 1.0),
     ("parts", "part_transfers", "Those of a part of an expert's columns.", 1.0),
     ("split_experts", "split_experts", "Experts whose rows a plan gave to several ranks.", 1.0),
+    ("guest_hits", "guest_hits", "Experts of planned layers that a guest of an earlier step computed.", 1.0),
+    ("guests_kept", "guests_kept", "Moved experts that stayed as guests for later steps.", 1.0),
+    ("guests_evicted", "guests_evicted", "Guests that left again.", 1.0),
+    ("tables", "tables", "Tables made of a window's counts for steps without plans.", 1.0),
 )
 """Fields of `Stats` without `balance_`, names without `moe_balance_`, texts, and the counters' unit."""
 

@@ -1,11 +1,14 @@
 """Guests: column parts add up to the expert, whatever its activation; packing, room, relays."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moeyard.engine.guests import Cutter, GuestRoom, run_guests
+from moeyard.engine.guests import Cutter, GuestRoom, run_guests, run_guests_on_all
+from moeyard.engine.parallel import guest_bytes
 
 D, WIDTH, SLOTS = 12, 10, 3
 
@@ -51,7 +54,7 @@ def test_parts_add_up_to_the_expert(name, parts, bias):
     cutter = Cutter(pool, gate)
     assert cutter.layout == name and cutter.most_parts == 8
     x_RD, weights = torch.randn(7, D), torch.rand(7, 1)
-    number = torch.zeros(7, 1, dtype=torch.long)
+    number = torch.full((7, 1), 3)
     total = torch.zeros(7, D)
     for part in range(parts):
         packed = cutter.pack(1, part, parts)
@@ -60,8 +63,18 @@ def test_parts_add_up_to_the_expert(name, parts, bias):
         assert torch.equal(relayed, packed) or torch.allclose(  # what is between the tensors may be anything
             cutter.unpack(relayed, part, parts).up_ND, cutter.unpack(packed, part, parts).up_ND
         )
-        total += run_guests(x_RD, number, weights, [cutter.unpack(packed, part, parts)], gate)
+        total += run_guests(x_RD, number, weights, {3: cutter.unpack(packed, part, parts)}, gate)
     torch.testing.assert_close(total, weights * expert(pool, 1, gate, x_RD), rtol=1e-4, atol=1e-4)
+
+
+def test_other_rows_of_a_guest_need_not_be_finite():
+    pool = Pool(WIDTH, False)
+    cutter = Cutter(pool, nn.GELU())
+    x_RD = torch.randn(2, D)
+    x_RD[1] = torch.inf
+    args = (torch.tensor([[0], [-1]]), torch.ones(2, 1), {0: cutter.unpack(cutter.pack(1))}, nn.GELU())
+    assert torch.equal(run_guests_on_all(x_RD, *args)[1], torch.zeros(D))
+    torch.testing.assert_close(run_guests_on_all(x_RD, *args)[0], run_guests(x_RD, *args)[0])
 
 
 def test_an_activation_that_cannot_be_cut():
@@ -73,7 +86,7 @@ def test_rows_name_some_of_several_guests():
     gate, rows = WAYS["halves"]
     pool = Pool(rows, False)
     cutter = Cutter(pool, gate)
-    guests = [cutter.unpack(cutter.pack(slot)) for slot in range(SLOTS)]
+    guests = {9 - slot: cutter.unpack(cutter.pack(slot)) for slot in range(SLOTS)}  # any numbers, in any order
     x_RD = torch.randn(5, D)
     numbers = torch.tensor([[0, 2], [-1, 1], [2, -1], [-1, -1], [1, 0]])
     weights = torch.rand(5, 2)
@@ -82,21 +95,49 @@ def test_rows_name_some_of_several_guests():
         for choice in range(2):
             if (slot := int(numbers[row, choice])) >= 0:
                 wanted[row] += weights[row, choice] * expert(pool, slot, gate, x_RD[row : row + 1])[0]
-    torch.testing.assert_close(run_guests(x_RD, numbers, weights, guests, gate), wanted, rtol=1e-4, atol=1e-4)
+    named = torch.where(numbers < 0, -1, 9 - numbers)
+    for run in (run_guests, run_guests_on_all):
+        torch.testing.assert_close(run(x_RD, named, weights, guests, gate), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_room_is_filled_and_used_again():
+def test_the_room_has_whole_slots_and_parts_behind_them():
     cutter = Cutter(Pool(WAYS["halves"][1], True), halves)
     expert = cutter.nbytes()
-    room = GuestRoom(2 * expert, cutter, torch.device("cpu"))
+    room = GuestRoom(3 * expert + expert // 2, cutter, torch.device("cpu"))
+    assert room.slots == 3
     for parts in (1, 3, 8):  # uneven parts fit too
-        room.clear()
-        taken = [room.take(cutter.nbytes(part, parts)) for _ in range(2) for part in range(parts)]
+        room.first_part(1)
+        taken = [room.whole(0, expert)]
+        taken += [room.part(cutter.nbytes(part, parts)) for _ in range(2) for part in range(parts)]
         for number, place in enumerate(taken):
             place.fill_(number)
         assert all(bool((place == number).all()) for number, place in enumerate(taken))
-    assert room.most_used >= 2 * expert
-    room.clear()
+        assert room.slots_for(sum(place.numel() for place in taken[1:])) <= 2
+    assert room.most_used >= 3 * expert
     with pytest.raises(AssertionError, match="do not fit"):
         for _ in range(20):
-            room.take(expert)
+            room.part(expert)
+    with pytest.raises(AssertionError, match="do not fit"):
+        room.whole(3, expert)
+
+
+def test_the_room_copies_an_expert_to_another_slot():
+    pool = Pool(WAYS["pairs"][1], True)
+    cutter = Cutter(pool, pairs)
+    expert = cutter.nbytes()
+    room = GuestRoom(3 * expert, cutter, torch.device("cpu"))
+    for slot in range(3):
+        room.whole(slot, expert).copy_(cutter.pack(slot))
+    room.copy(2, 0)
+    room.copy(1, 1)
+    for slot, there in ((0, 2), (1, 1), (2, 2)):
+        torch.testing.assert_close(cutter.unpack(room.whole(slot, expert)).up_ND, pool.up_SND[there])
+
+
+def test_a_room_too_small_for_an_expert_is_refused():
+    def room(text):
+        return guest_bytes(SimpleNamespace(guest_memory=text), 2048, slots=3)
+
+    assert (room(None), room("0B"), room("2KiB"), room("1MiB")) == (3 * 2048, 0, 2048, 2**20)
+    with pytest.raises(ValueError, match="guest_memory is 1KiB, and an expert"):
+        room("1KiB")

@@ -8,10 +8,12 @@ import world
 from test_parity import prompts, reference
 from test_ranks import facts_of, make_engine, run_until_done, submit
 
+from moeyard.engine.decode_tables import DecodeTables
 from moeyard.engine.dispatch import PlanMismatch
 from moeyard.engine.group import RankLost
 from moeyard.kernels.environment import usable_cores
 from moeyard.scheduler import placement
+from moeyard.scheduler.balance.problem import Rates
 from moeyard.scheduler.cost import Constants, ExpertCost, LinkCost
 
 EXPERTS, RANKS, LAYERS, NEW_TOKENS = 8, 2, 3, 6
@@ -27,9 +29,19 @@ CASES: dict[str, dict] = {
     "replicated": {"expert_placement": "replicated", "placement": "loads.json", "redundant_experts": 1},
     "small moves": {"move_bytes": "1B", "chunks": "1"},
     "large moves": {"move_bytes": "1GiB", "chunks": "1"},
+    "balanced": {
+        "balance": "ultraep",
+        "expert_placement": "replicated",
+        "placement": "loads.json",
+        "redundant_experts": 1,
+        "guest_memory": "1MiB",
+    },
     "threads": {"threads": 2},
 }
 CASES = {name: case for name, case in CASES.items() if case.get("threads", 1) <= usable_cores()}
+
+# Prompts are worth plans of their own, and single tokens are not.
+RATES = Rates(base_ns=1, expert_ps=2_000_000, row_ps=1_000_000, near_alpha_ns=3_000, plan_ns=10_000)
 
 BREAK_AT = 5  # steps until the group of `broken_step` breaks
 
@@ -64,12 +76,31 @@ def broken_step(group, path, mine):
     return engine._parallel.group, facts
 
 
+def in_a_new_group(engine, mine, answers):
+    """The guests that an engine kept, and those it has after it went into another group, where it answers the same."""
+    held = []
+    for group in (None, world.next_group(engine._parallel.group)):
+        if group is not None:
+            engine.join(group)
+        leases = engine._parallel._context.balancer.leases
+        held.append([leases.held(layer) for layer in range(LAYERS)])
+    out = submit(engine, mine, NEW_TOKENS)
+    run_until_done(engine, out, wake=2)
+    assert list(out.values()) == answers
+    return group, held
+
+
 def every_case(group, path, by_rank):
     """An engine for each case, one after the other: starting a rank takes seconds."""
     facts = {}
     for name, options in CASES.items():
         group = world.next_group(group)
         engine = make_engine(group, path, LOADS if "placement" in options else None, **options)
+        if "balance" in options:
+            balancer = engine._parallel._context.balancer
+            balancer.rates = RATES
+            balancer.tables = DecodeTables(balancer, engine._parallel._top_k, length=2)
+            engine._parallel._choices.clear()
         out = submit(engine, by_rank[group.position], NEW_TOKENS)
         moved = []
 
@@ -79,10 +110,12 @@ def every_case(group, path, by_rank):
                 engine.place(1, swapped())
 
         start = engine._parallel.tables
-        run_until_done(engine, out, before_step=before_step)
+        plans = run_until_done(engine, out, before_step=before_step)
         moved.append(engine._parallel.moved_bytes)
         took = [b - a for a, b in itertools.pairwise(moved) if b > a]
-        facts[name] = {**facts_of(engine), "out": list(out.values()), "took": took, "start": start}
+        facts[name] = {**facts_of(engine), "out": list(out.values()), "took": took, "start": start, "plans": plans}
+        if "balance" in options:
+            group, facts[name]["held"] = in_a_new_group(engine, by_rank[group.position], list(out.values()))
         engine.close()
     group, facts["broken"] = broken_step(world.next_group(group), path, by_rank[group.position])
     group.close()
@@ -162,6 +195,17 @@ def test_move_bytes(results):
         assert facts["large moves"]["took"] == [expert * everything]
         for name in ("small moves", "large moves"):
             assert facts[name]["tables"] == swapped() != facts[name]["start"]
+
+
+def test_balance(results):
+    plans, stats = results[0]["balanced"]["plans"], results[0]["balanced"]["stats"]
+    assert plans == results[1]["balanced"]["plans"]
+    assert {plan.balanced for plan in plans} == {False, True}
+    balanced = sum(plan.balanced for plan in plans)
+    assert stats.balance_layers == balanced * LAYERS and stats.balance_transfers > 0 and stats.balance_tables > 0
+    assert stats.balance_guests_kept > 0
+    before, after = results[0]["balanced"]["held"]
+    assert any(before) and not any(after) and results[1]["balanced"]["held"] == [before, after]
 
 
 @pytest.mark.skipif("threads" not in CASES, reason="needs two cores")

@@ -1,0 +1,187 @@
+"""Balances one layer of one step: a plan from the counts, the weights' way to where it wants them, tokens by it.
+
+P: ranks, E: experts, T: tokens, K: experts per token, Q: places of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from ..scheduler.assignment import nearest_homes
+from ..scheduler.balance.plan import Plan, Transfer
+from ..scheduler.balance.problem import Integers, Problem
+from ..scheduler.balance.shares import own_shares
+from ..scheduler.table import ExpertTable
+from .balance import Balancer, places
+from .experts import ExpertPool
+from .guest_moves import GuestMoves, Newcomers, Numbers
+from .guests import Cutter, Guest
+from .lookup import Lookups
+from .routing import Routing, by_shares
+
+
+@dataclass(frozen=True)
+class BalancedWay:
+    """Where one rank's tokens go by a plan; `whole_PE` and `part_PE` are the numbers of the experts there."""
+
+    problem: Problem
+    plan: Plan
+    whole_PE: Integers
+    part_PE: Integers | None
+    position: int
+
+    @property
+    def chunks(self) -> int:
+        return self.plan.chunks
+
+    def route(self, ids_TK: torch.Tensor) -> Routing:
+        shares_EQ = own_shares(self.problem, self.plan, self.position)
+        return by_shares(ids_TK, shares_EQ, self.whole_PE.T, self.part_PE)
+
+
+class BalancedLayer:
+    """One layer's side: who holds which expert, guests included, what moves for the plan that runs, and where the
+    tokens of steps without a plan go. `counts()` gives this rank's tokens for each expert since the start.
+    """
+
+    def __init__(
+        self,
+        balancer: Balancer,
+        index: int,
+        pool: ExpertPool,
+        cutter: Cutter,
+        lookups: Lookups,
+        table: ExpertTable,
+        counts: Callable[[], torch.Tensor],
+    ) -> None:
+        self.index = index
+        self.pool = pool
+        self.cutter = cutter
+        self.counts = counts
+        self._balancer = balancer
+        self._lookups = lookups
+        self._moves: GuestMoves | None = None
+        self._made: tuple[Problem, Plan, Newcomers] | None = None
+        self._runs = 0
+        self._wanted = False
+        self.table_PEQ: Integers | None = None
+        """By which steps without a plan go, of ranks; None: to the nearest homes."""
+        balancer.layers[index] = self
+        self._set(table)
+        self.update()
+
+    def use(self, table: ExpertTable) -> None:
+        """Goes over to another expert table, after the dispatchers did; on every rank before the same step."""
+        self._set(table)
+        self.table_PEQ = None
+        self._balancer.drop_guests()
+        self.update()
+
+    def _set(self, table: ExpertTable) -> None:
+        self._slot_PE, self.home_E = places(table)
+        self.nearest_PE, _ = nearest_homes(table)
+        self._numbers = Numbers(table.slots, self._balancer.room.slots)
+
+    def update(self) -> None:
+        """Guests came, left or moved within their rooms."""
+        here = self._balancer.group.position
+        held = self._balancer.leases.held(self.index)
+        self.number_PE = self._slot_PE.copy()
+        """[P, E]: the number of each whole expert that a rank holds between steps, -1 for those that it does not."""
+        for rank, expert, slot in held:
+            self.number_PE[rank, expert] = self._numbers.whole(slot)
+        self.holders_digest = crc32(self.number_PE.tobytes()) & 0x7FFFFFFF
+        self._kept = [self._numbers.whole(slot) for rank, _, slot in held if rank == here]
+        self.has_choice = bool(((self.number_PE >= 0).sum(0) > 1).any())
+        """Whether any expert has several holders."""
+        if self.table_PEQ is not None:
+            self.publish(self.table_PEQ)
+
+    # Steps that make no plan
+
+    def publish(self, table_PEQ: Integers | None) -> None:
+        """Lets steps without a plan go by a table of ranks [P, E, Q]; None: to the nearest homes."""
+        self.table_PEQ = table_PEQ
+        if table_PEQ is None:
+            self._lookups.withdraw()
+            return
+        number_PEQ = self.number_PE[table_PEQ, np.arange(table_PEQ.shape[1])[:, None]]
+        assert (number_PEQ >= 0).all(), f"layer {self.index}: a table sends tokens to a rank without their expert"
+        self._lookups.publish(table_PEQ, number_PEQ)
+
+    # Steps that make one
+
+    @property
+    def digest(self) -> int:
+        """Of the last plan, of whatever layer."""
+        return self._balancer.last_digest
+
+    def make(self, pairs_PE: torch.Tensor) -> BalancedWay | None:
+        """Plans for these counts and starts the weights' transfers; None when every expert stays at its home."""
+        balancer = self._balancer
+        here = balancer.group.position
+        problem, plan = balancer.plan(self, pairs_PE.numpy().astype(np.int64))
+        newcomers = Newcomers.of(plan, problem.ranks, problem.experts, self.cutter, balancer.room)
+        self._runs += 1
+        wanted = any(newcomers.slots_P)
+        if wanted or self._wanted:
+            balancer.make_room(self, newcomers.slots_P)
+        self._wanted = wanted
+        self._made = (problem, plan, newcomers)
+        if plan.is_native and plan.chunks == 1:
+            return None
+        if mine := [t for t in plan.transfers if here in (t.source, t.destination)]:
+            self._moves = GuestMoves(balancer.group, self.cutter, balancer.room, self._numbers, mine, self._pack)
+        return BalancedWay(problem, plan, *self._numbers.with_newcomers(self.number_PE, newcomers), here)
+
+    def _pack(self, t: Transfer) -> torch.Tensor | None:
+        """What a transfer brings to another rank, if it is here already: from the pool, or of a guest that was kept."""
+        number = int(self.number_PE[t.source, t.expert])
+        if number < 0:
+            return None
+        if number < self._numbers.table_slots:
+            return self.cutter.pack(number, t.part, t.parts)
+        packed = self._packed(number)
+        return packed if t.parts == 1 else self.cutter.cut(packed, t.part, t.parts)
+
+    def _packed(self, number: int) -> torch.Tensor:
+        return self._balancer.room.whole(self._numbers.slot(number), self.cutter.nbytes())
+
+    # The experts that run
+
+    @property
+    def guests_expected(self) -> bool:
+        """Whether rows that come may be for guests."""
+        if self._moves is not None and self._moves.expected:
+            return True
+        return bool(self._kept) and (self._made is not None or self.table_PEQ is not None)
+
+    def guests(self) -> dict[int, Guest]:
+        """This rank's guests by number: those kept, and those that come, which are waited for. What others wait for is
+        passed on.
+        """
+        guests = {number: self.cutter.unpack(self._packed(number)) for number in self._kept}
+        if self._moves is not None:
+            guests |= self._moves.guests()
+        return guests
+
+    @property
+    def moving(self) -> bool:
+        """Whether weights are on their way from or to this rank."""
+        return self._moves is not None
+
+    def finish(self) -> None:
+        """The end of the layer: what left this rank is not needed any more; what came may stay."""
+        if self._moves is not None:
+            self._moves.finish()
+            self._moves = None
+        if self._made is not None:
+            problem, plan, newcomers = self._made
+            self._made = None
+            if newcomers.whole or self._balancer.leases.held(self.index):
+                self._balancer.record(self, problem, plan, newcomers.whole, self._runs)
