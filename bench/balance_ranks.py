@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
 HELP = {
     "balance": "planner of the balanced side",
     "tokens": "per rank and step",
-    "hot": "busy experts, all of the first rank",
+    "hot": "busy experts, all of the first rank and others in each turn",
     "shares": "percent of the copies that they get",
     "layers_per_turn": "layers that a turn runs",
     "repeats": "turns of each side",
@@ -296,6 +296,9 @@ class _RankBench:
         spec, group = self.layers[0].pool.spec, self.group
         percent, hot = (0, 0) if load == "balanced" else (int(load), hot)
         rows_PE = dealt(group.size, tokens, spec.num_experts, spec.top_k, hot, percent)
+        # Others of the first rank's experts are busy in each turn: weights that came for the last one are of no use.
+        own = spec.num_experts // group.size
+        rows_PE[:, :own] = np.roll(rows_PE[:, :own], seed * hot, axis=1)
         ids = token_experts(rows_PE[group.position], tokens)
         ids_TK = torch.from_numpy(np.random.default_rng(seed).permutation(ids))
         generator = torch.Generator().manual_seed(seed + 1000 * group.position)
