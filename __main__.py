@@ -112,7 +112,7 @@ def _fill_bench(parser: Parser, bench: str) -> None:
 COMMANDS = {
     "serve": (_serve, _fill_serve, "answer OpenAI-compatible requests over HTTP"),
     "generate": (_generate, _fill_generate, "continue one prompt and print the text"),
-    "bench": (_bench, _fill_benches, "measure: throughput, latency, serve, ep, router"),
+    "bench": (_bench, _fill_benches, "measure: throughput, latency, serve, ep, router, balance, plan"),
     "plan": (_plan, _fill_plan, "show what fits in memory, before loading"),
     "profile": (_profile, _fill_profile, "measure what the cost model needs: experts, links between ranks"),
     "doctor": (_doctor, _fill_doctor, "show devices, measured rates, libraries, and what is missing"),
