@@ -54,7 +54,7 @@ def test_a_slice_group_shares_arithmetic_but_not_the_rows_way() -> None:
 @pytest.mark.parametrize(
     ("options", "least"),
     [
-        ({}, 50_000),  # weights in no time: the mean
+        ({}, 50_001),  # weights in a nanosecond: the mean, and that
         ({"expert_bytes": 10_000}, 55_000),  # T = 100 - (T - 10)
         ({"expert_bytes": 200_000}, 100_000),  # nothing arrives in time
     ],
@@ -127,6 +127,19 @@ def _filled(problem: Problem, transfers: tuple[Transfer, ...], fifths: tuple[int
         else:
             rows_EP[t.expert, t.destination] += rows
     return Plan("test", rows_EP, sliced_E, transfers)
+
+
+def test_experts_leave_one_after_the_other() -> None:
+    """Four experts of 50 us on one rank, and a transfer takes 60: one leaves in time, and a part of the second."""
+    problem = problem_of([50] * 4 + [0] * 4, 2, home_E=[0] * 4 + [1] * 4, rates=SIMPLE, expert_bytes=60_000)
+    assert bound(problem) == 135_000
+
+
+def test_where_copies_are_decides_how_many_experts_a_rank_streams() -> None:
+    """Rank 0 alone holds three experts, rank 1 one; a transfer is longer than all the streaming."""
+    rates = replace(SIMPLE, row_ps=0, expert_ps=10 * NS)
+    problem = problem_of([1] * 4, 2, home_E=[0, 0, 0, 1], rates=rates, expert_bytes=100_000)
+    assert bound(problem) == price(problem, native(problem)) == 30_000
 
 
 @settings(max_examples=150, deadline=None)

@@ -191,6 +191,15 @@ def test_a_hot_expert_larger_than_everything_else() -> None:
     assert made.modelled_ns < 100_150_000 / 8 * 1.01
 
 
+def test_the_search_ends_in_steps_that_are_counted() -> None:
+    """384 experts, 64 ranks, all of them hot: the plan is the same on every machine, however slow it is."""
+    loads = zipf_loads(384, 64 * 4096 * 8)
+    problem = problem_of(loads, 64, ranks_per_node=8, rates=replace(RATES, wire_ps=25_600))
+    made = plan(problem)
+    check(problem, made)
+    assert same(made, plan(problem)) and made.modelled_ns < made.native_ns // 4
+
+
 # Cases of the literature (research on balancing: published planners' defects)
 
 

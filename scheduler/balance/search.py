@@ -50,6 +50,13 @@ one transfer brings at most 1/2 ** QUANTUM of the goal (0: no limit); slices onl
 node sends away what it has too much of together, so that a rank can give more than it must and then take from others.
 """
 
+LEAST_BUDGET = 350_000
+BUDGET_PER_PAIR = 26
+"""How long the search looks, in steps that are counted, so that all ranks stop at the same place: for each pair of an
+expert and a rank, and at least so many; twice that with several nodes, which have more ways. About 250 steps take a
+microsecond.
+"""
+
 _PARTS = np.array([2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 63], dtype=np.int64)
 
 
@@ -292,6 +299,25 @@ def _takers(
 
 
 @njit(cache=True)
+def _anyone(goal, start, far, p, node_P, done_P, room_P, excess_P, drop_P, receiving, rates, expert_bytes, slices):
+    """Whether a link of rank p can bring any expert, whole or in parts, to anyone in time for the goal."""
+    parts = _PARTS[-1] if slices else 1
+    took = _link_ns(expert_bytes, parts, rates[NEAR_ALPHA + 2 * far], rates[NEAR_RATE + 2 * far])
+    if slices == 2:
+        took = min(took, _link_ns(expert_bytes, parts, rates[FAR_ALPHA - 2 * far], rates[FAR_RATE - 2 * far]))
+    work = max(np.int64(1), rates[GUEST] * PS + rates[EXPERT] // parts)
+    for d in range(len(node_P)):
+        if slices != 2 and (node_P[d] == node_P[p]) == (far == 1):
+            continue
+        if d == p or excess_P[d] > 0 or drop_P[d] > 0 or room_P[d] < -(-expert_bytes // parts):
+            continue
+        begin = start if slices == 2 else max(start, receiving[len(node_P) + node_P[d] if far else d])
+        if max(done_P[d], max(np.int64(0), begin + took - rates[HIDDEN]) * PS) + work < goal:
+            return True
+    return False
+
+
+@njit(cache=True)
 def _attempt(
     goal,
     quantum,
@@ -319,6 +345,7 @@ def _attempt(
     transfers,
     has_PE,
     stamp,
+    spent,
 ):
     """Brings every rank to `goal` if it can: ranks above it give rows away, link by link in the order of time.
 
@@ -394,6 +421,7 @@ def _attempt(
     forced_node = -1
     forced = -1  # a segment whose expert came from another node and is spread in its own at once
     while count < len(transfers):
+        spent[0] += offers + 2 * ranks
         # The link that is free first.
         start, at, far = MOST, -1, 0
         for i in range(offers):
@@ -534,6 +562,7 @@ def _attempt(
             for parts in _PARTS:
                 if parts > n + n2:
                     break
+                spent[0] += parts
                 size = -(-expert_bytes // parts)
                 took = _link_ns(expert_bytes, parts, rates[NEAR_ALPHA + 2 * far], rates[NEAR_RATE + 2 * far])
                 took2 = _link_ns(expert_bytes, parts, rates[FAR_ALPHA - 2 * far], rates[FAR_RATE - 2 * far])
@@ -588,7 +617,10 @@ def _attempt(
         if at >= origins and not far and best_parts and node_P[p] != node_P[origin]:
             forced, forced_node = s, node_P[p]
         if best_parts == 0 or count + best_parts > len(transfers):
-            if offer_segment[at] >= 0:
+            nobody = best_parts == 0 and not _anyone(
+                goal, start, far, p, node_P, done_P, room, excess_P, drop_P, receiving, rates, expert_bytes, slices
+            )
+            if nobody or offer_segment[at] >= 0:
                 offer_open[at] &= ~bit
             else:
                 closed[s] |= bit
@@ -669,13 +701,144 @@ def _attempt(
 
 
 @njit(cache=True)
+def _by_transfers(
+    split_EP,
+    rows_P,
+    touched_P,
+    rates,
+    expert_bytes,
+    node_P,
+    nodes,
+    holds_PE,
+    room_P,
+    most_rows_P,
+    mean,
+    best_ns,
+    budget,
+    spent,
+    # results, where something better than best_ns is found
+    best_split_EP,
+    best_transfers,
+):
+    """Weights that move, from one split of the rows over the ranks that hold the experts: for each of WAYS, bisection
+    on a goal for the slowest rank (UltraEP's idea, with time for tokens), from the mean of all work up for the first
+    way, from what is best so far down for the others.
+
+    Returns the best price (without `plan_ns`), its number of transfers and chunks; no more attempts begin when
+    `spent` has come to `budget`.
+    """
+    experts, ranks = split_EP.shape
+    size = 0  # segments, by rank
+    for e in range(experts):
+        for p in range(ranks):
+            size += split_EP[e, p] > 0
+    segment_expert = np.empty(size, dtype=np.int64)
+    segment_rank = np.empty(size, dtype=np.int64)
+    segment_rows = np.empty(size, dtype=np.int64)
+    first_P = np.zeros(ranks + 1, dtype=np.int64)
+    end = 0
+    for p in range(ranks):
+        for e in range(experts):
+            if split_EP[e, p] > 0:
+                segment_expert[end] = e
+                segment_rank[end] = p
+                segment_rows[end] = split_EP[e, p]
+                end += 1
+        first_P[p + 1] = end
+    same_S = np.arange(size)  # round the segments of an expert
+    last_E = np.full(experts, -1)
+    for i in range(size):
+        e = segment_expert[i]
+        if last_E[e] >= 0:
+            same_S[i] = same_S[last_E[e]]
+            same_S[last_E[e]] = i
+        last_E[e] = i
+    left = np.empty(size, dtype=np.int64)
+    best_left = segment_rows.copy()
+    trial_rows, trial_touched = np.empty(ranks, dtype=np.int64), np.empty(ranks, dtype=np.int64)
+    received = np.empty(ranks, dtype=np.int64)
+    done_P = np.empty(ranks, dtype=np.int64)
+    transfers = np.zeros((len(best_transfers), COLUMNS), dtype=np.int64)
+    has_PE = np.zeros((ranks, experts), dtype=np.int32)
+    stamp = np.int64(0)
+    best_count, chunks = np.int64(-1), np.int64(1)
+    for way in range(len(WAYS)):
+        if nodes == 1 and (WAYS[way, SLICES] == 2 or way == 1 or way == 3):
+            continue  # the same as another
+        low, high = mean, (best_ns - rates[BASE]) * PS
+        for step in range(14):
+            if high - low <= high // (200 if way else 500) or spent[0] >= budget:
+                break
+            if way and step == 0:
+                goal = max(mean + mean // 250, high - high // 50)  # one look whether this way is better at all
+            elif step < 2:
+                goal = mean + mean // (250 if step == 0 else 80)
+                if goal >= high:
+                    continue
+            else:
+                goal = low + (high - low) // (8 if high > 4 * low else 4 if high > 2 * low else 2)
+            quantum = goal >> WAYS[way, QUANTUM] if WAYS[way, QUANTUM] else MOST
+            later = goal * WAYS[way, LATER] // 8
+            stamp += 1
+            count = _attempt(
+                goal,
+                quantum,
+                WAYS[way, SLICES],
+                later,
+                WAYS[way, POOLED],
+                rates,
+                expert_bytes,
+                node_P,
+                nodes,
+                holds_PE,
+                room_P,
+                most_rows_P,
+                segment_expert,
+                segment_rank,
+                segment_rows,
+                first_P,
+                same_S,
+                rows_P,
+                touched_P,
+                left,
+                trial_rows,
+                trial_touched,
+                transfers,
+                has_PE,
+                stamp,
+                spent,
+            )
+            _copy(trial_rows, received)
+            for i in range(count):
+                received[transfers[i, T_DESTINATION]] += transfers[i, T_ROWS]
+            trial_chunks = chunks_for(received, most_rows_P)
+            ns = worst_ns(rates, trial_rows, trial_touched, transfers, count, trial_chunks, done_P)
+            if ns < best_ns:
+                best_ns, chunks, best_count = ns, trial_chunks, count
+                for i in range(count):
+                    _copy(transfers[i], best_transfers[i])
+                _copy(left, best_left)
+            if (ns - rates[BASE]) * PS <= goal + PS:
+                high = min(goal, (ns - rates[BASE]) * PS)
+            else:
+                low = goal
+                if way and step == 0:
+                    break
+    if best_count >= 0:
+        for e in range(experts):
+            _copy(split_EP[e], best_split_EP[e])
+        for s in range(size):
+            best_split_EP[segment_expert[s], segment_rank[s]] = best_left[s]
+    return best_ns, best_count, chunks
+
+
+@njit(cache=True)
 def search(rows_PE, holds_PE, home_E, node_P, room_P, most_rows_P, rates, expert_bytes):
     """The best plan that is found: how far it went (0 native, 1 other rows, 2 transfers), rows_EP, sliced_E, [n, 5]
     transfers, chunks, its price and the native one.
 
     First rows over those that hold an expert, by water (LPLB), by fewest experts (METRO) and by least time (TEMPO),
-    each refined. Then, for each of WAYS, bisection on a goal for the slowest rank (UltraEP's idea, with time for
-    tokens): from the mean of all work up for the first way, from what is best so far down for the others.
+    each refined. Then weights that move: from the best of those, and, where it is not native, from native too.
     """
     ranks, experts = rows_PE.shape
     loads_E = np.zeros(experts, dtype=np.int64)
@@ -723,7 +886,7 @@ def search(rows_PE, holds_PE, home_E, node_P, room_P, most_rows_P, rates, expert
     if total == 0 or ranks == 1:
         return kind, split_EP, sliced_E, best_transfers[:0, :T_ROWS], chunks, best_ns, native_ns
     best_ns -= rates[PLAN]
-    native_EP = split_EP.copy()
+    native_EP, native_rows, native_touched = split_EP.copy(), rows_P.copy(), touched_P.copy()
     # Over the ranks that hold it
     if several_n:
         base_rows, base_touched, base_split = rows_P.copy(), touched_P.copy(), split_EP.copy()
@@ -747,108 +910,25 @@ def search(rows_PE, holds_PE, home_E, node_P, room_P, most_rows_P, rates, expert
                 best_ns, kind, chunks = ns, 1, trial_chunks
                 base_rows, base_touched, base_split = trial_rows, trial_touched, trial_split
         rows_P, touched_P, split_EP = base_rows, base_touched, base_split
-    # Segments by rank
-    size = 0
-    for e in range(experts):
-        for p in range(ranks):
-            size += split_EP[e, p] > 0
-    segment_expert = np.empty(size, dtype=np.int64)
-    segment_rank = np.empty(size, dtype=np.int64)
-    segment_rows = np.empty(size, dtype=np.int64)
-    first_P = np.zeros(ranks + 1, dtype=np.int64)
-    end = 0
-    for p in range(ranks):
-        for e in range(experts):
-            if split_EP[e, p] > 0:
-                segment_expert[end] = e
-                segment_rank[end] = p
-                segment_rows[end] = split_EP[e, p]
-                end += 1
-        first_P[p + 1] = end
-    same_S = np.arange(size)  # round the segments of an expert
-    last_E = np.full(experts, -1)
-    for i in range(size):
-        e = segment_expert[i]
-        if last_E[e] >= 0:
-            same_S[i] = same_S[last_E[e]]
-            same_S[last_E[e]] = i
-        last_E[e] = i
-    left = np.empty(size, dtype=np.int64)
-    best_left = segment_rows.copy()
-    trial_rows, trial_touched = np.empty(ranks, dtype=np.int64), np.empty(ranks, dtype=np.int64)
-    received = np.empty(ranks, dtype=np.int64)
-    has_PE = np.zeros((ranks, experts), dtype=np.int32)
-    stamp = np.int64(0)
     mean = -(-max(row * total, rates[EXPERT] * used) // ranks)
-    for way in range(len(WAYS)):
-        if nodes == 1 and (WAYS[way, SLICES] == 2 or way == 1 or way == 3):
-            continue  # the same as another
-        low, high = mean, (best_ns - rates[BASE]) * PS
-        for step in range(14):
-            if high - low <= high // (200 if way else 500):
-                break
-            if way and step == 0:
-                goal = max(mean + mean // 250, high - high // 50)  # one look whether this way is better at all
-            elif step < 2:
-                goal = mean + mean // (250 if step == 0 else 80)
-                if goal >= high:
-                    continue
-            else:
-                goal = low + (high - low) // (8 if high > 4 * low else 4 if high > 2 * low else 2)
-            quantum = goal >> WAYS[way, QUANTUM] if WAYS[way, QUANTUM] else MOST
-            later = goal * WAYS[way, LATER] // 8
-            stamp += 1
-            count = _attempt(
-                goal,
-                quantum,
-                WAYS[way, SLICES],
-                later,
-                WAYS[way, POOLED],
-                rates,
-                expert_bytes,
-                node_P,
-                nodes,
-                holds_PE,
-                room_P,
-                most_rows_P,
-                segment_expert,
-                segment_rank,
-                segment_rows,
-                first_P,
-                same_S,
-                rows_P,
-                touched_P,
-                left,
-                trial_rows,
-                trial_touched,
-                transfers,
-                has_PE,
-                stamp,
-            )
-            _copy(trial_rows, received)
-            for i in range(count):
-                received[transfers[i, T_DESTINATION]] += transfers[i, T_ROWS]
-            trial_chunks = chunks_for(received, most_rows_P)
-            ns = worst_ns(rates, trial_rows, trial_touched, transfers, count, trial_chunks, done_P)
-            if ns < best_ns:
-                best_ns, kind, chunks, best_count = ns, 2, trial_chunks, count
-                for i in range(count):
-                    _copy(transfers[i], best_transfers[i])
-                _copy(left, best_left)
-            if (ns - rates[BASE]) * PS <= goal + PS:
-                high = min(goal, (ns - rates[BASE]) * PS)
-            else:
-                low = goal
-                if way and step == 0:
-                    break
+    budget = max(LEAST_BUDGET, BUDGET_PER_PAIR * experts * ranks) * (2 if nodes > 1 else 1)
+    spent = np.zeros(1, dtype=np.int64)
+    moved_EP = split_EP.copy()
+    for start in range(1 + kind):
+        if start:
+            rows_P, touched_P, split_EP = native_rows, native_touched, native_EP
+        ns, count, trial_chunks = _by_transfers(
+            split_EP, rows_P, touched_P, rates, expert_bytes, node_P, nodes, holds_PE, room_P, most_rows_P,
+            mean, best_ns, budget, spent, moved_EP, best_transfers,
+        )  # fmt: skip
+        if count >= 0:
+            best_ns, kind, chunks, best_count = ns, 2, trial_chunks, count
     if kind == 0:
         return kind, native_EP, sliced_E, best_transfers[:0, :T_ROWS], native_chunks, native_ns, native_ns
-    for s in range(size):
-        split_EP[segment_expert[s], segment_rank[s]] = best_left[s]
     for i in range(best_count):
         e, d = best_transfers[i, T_EXPERT], best_transfers[i, T_DESTINATION]
         if best_transfers[i, T_PARTS] == 1:
-            split_EP[e, d] += best_transfers[i, T_ROWS]
+            moved_EP[e, d] += best_transfers[i, T_ROWS]
         else:
             sliced_E[e] = best_transfers[i, T_ROWS]
-    return kind, split_EP, sliced_E, best_transfers[:best_count, :T_ROWS], chunks, best_ns + rates[PLAN], native_ns
+    return kind, moved_EP, sliced_E, best_transfers[:best_count, :T_ROWS], chunks, best_ns + rates[PLAN], native_ns
