@@ -123,7 +123,7 @@ def _take_turns(args: argparse.Namespace, ranks: _Ranks, shares: list[int]) -> S
     with tqdm(total=len(loads) * len(SIDES) * (args.repeats + 1), desc="turns", unit="turn", disable=None) as bar:
         for load in loads:
             for repeat in range(args.repeats + 1):
-                for side in SIDES:
+                for side in SIDES[:: -1 if repeat % 2 else 1]:  # neither is always the first
                     turns = ranks.turn(side, load, args.tokens, args.hot, repeat)
                     if repeat:  # the first warms up
                         samples[load][side].append(turns)
