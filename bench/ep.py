@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="as for serve (default: auto)")
     parser.add_argument("--dispatcher", default="auto", help="as for serve (default: auto)")
     parser.add_argument("--chunks", default="auto", help="as for serve (default: auto)")
+    parser.add_argument("--balance", default="auto", help="as for serve (default: auto)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: 0)")
     parser.add_argument("--trace", metavar="FILE", help="write the largest world's spans here, for Perfetto")
     parser.add_argument("--json", metavar="FILE", help="write figures and raw samples here too")
@@ -55,7 +56,7 @@ class Side:
         self.ranks = ranks
         self.prefill_s: list[float] = []
         self.decode_s: list[float] = []
-        of_several = {"dispatcher": args.dispatcher, "chunks": args.chunks, "router": "round_robin"}
+        of_several = {"dispatcher": args.dispatcher, "chunks": args.chunks, "router": "round_robin", "balance": args.balance}
         config = EngineConfig(
             model=model,
             ep=ranks,

@@ -13,6 +13,9 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
     # numba would otherwise prefer TBB, where that is installed, which is a second pool.
     "NUMBA_THREADING_LAYER_PRIORITY": "omp tbb workqueue",
+    # oneDNN keeps a compiled primitive for each shape that it has seen, about a megabyte each and up to a thousand.
+    # Experts see many numbers of rows; to compile one again takes a millisecond.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 
 
