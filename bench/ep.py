@@ -56,7 +56,12 @@ class Side:
         self.ranks = ranks
         self.prefill_s: list[float] = []
         self.decode_s: list[float] = []
-        of_several = {"dispatcher": args.dispatcher, "chunks": args.chunks, "router": "round_robin", "balance": args.balance}
+        of_several = {
+            "dispatcher": args.dispatcher,
+            "chunks": args.chunks,
+            "router": "round_robin",
+            "balance": args.balance,
+        }
         config = EngineConfig(
             model=model,
             ep=ranks,
