@@ -25,6 +25,7 @@ from ..launch.local import LocalLauncher
 from .report import emit, spread, table
 from .shapes import add_shape_options, resolve_model
 
+_PARTS_OF_MEMORY = ("dense_bytes", "own_expert_bytes", "guest_bytes", "kv_bytes")
 PARTS = ("attention", "plan", "dispatch", "experts", "combine", "wait", "shared")
 
 
@@ -239,20 +240,19 @@ def _ratio(n: int, seconds: Sequence[float], base: Sequence[float]) -> float:
 
 
 def _memory(side: Side, samples: dict[str, Any]) -> float:
-    """The worst rank's peak by its parts: dense weights, its experts, KV cache.
+    """The worst rank's peak by its parts: dense weights, its experts, room for guests, KV cache.
 
     The peak is without what the process had before any weight: Python, libraries, compiled kernels.
     """
     peaks, infos = side.peaks(), side.frontend.rank_info
     samples[f"peak_bytes_{side.ranks}"] = peaks
     samples[f"info_{side.ranks}"] = {
-        rank: {k: info[k] for k in ("baseline_bytes", "dense_bytes", "own_expert_bytes", "kv_bytes")}
-        for rank, info in infos.items()
+        rank: {k: info[k] for k in (*_PARTS_OF_MEMORY, "baseline_bytes")} for rank, info in infos.items()
     }
     ratios = []
     for rank, peak in peaks.items():
         info = infos[rank]
-        parts = info["dense_bytes"] + info["own_expert_bytes"] + info["kv_bytes"]
+        parts = sum(info[name] for name in _PARTS_OF_MEMORY)
         ratios.append((peak - info["baseline_bytes"]) / parts)
     return max(ratios)
 

@@ -5,6 +5,7 @@ P: ranks, E: experts.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from ..scheduler.balance.plan import Plan, native
 from ..scheduler.balance.problem import FS, PS, Integers, Problem, Rates
 from ..scheduler.table import ExpertTable
 from .group import RankGroup
+from .guest_moves import Newcomers
 from .guests import GuestRoom
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 UNLIMITED_ROWS = 2**40
 NO_RATES = Rates(0, 0, 0)
+
+
+log = logging.getLogger("moeyard.balance")
 
 
 @dataclass
@@ -47,6 +52,7 @@ class BalanceFigures:
     transfers: int = 0
     parts: int = 0
     split_experts: int = 0
+    refused: int = 0
     guest_hits: int = 0
     guests_kept: int = 0
     guests_evicted: int = 0
@@ -123,11 +129,22 @@ class Balancer:
         started = time.perf_counter_ns()
         problem = self.problem(layer, rows_PE)
         plan = self._planner(problem)
+        if plan.transfers and not self._possible(layer, plan):
+            self._say_refused()
+            plan = native(problem)
         if not plan.modelled_ns and rows_PE.any():  # a published planner does not look at times
             plan = replace(plan, modelled_ns=price(problem, plan), native_ns=price(problem, native(problem)))
         self.last_digest = plan.digest ^ layer.holders_digest
         self._count(problem, plan, time.perf_counter_ns() - started)
         return problem, plan
+
+    def _say_refused(self) -> None:
+        self.figures.refused += 1
+        if self.figures.refused == 1:
+            log.warning(
+                "a plan asked for more guests than guest_memory has room for; such layers stay as they are. Give"
+                " --guest-memory, or another --balance"
+            )
 
     def trial(self, index: int, rows_PE: Integers) -> None:
         """A plan that nobody follows."""
@@ -144,7 +161,16 @@ class Balancer:
             room_P=np.array([self.leases.room(layer.index, p) for p in range(self.group.size)]) * expert_bytes,
             most_rows_P=self._most_rows_P,
             rates=self._rates,
+            most_parts=layer.cutter.most_parts,
         )
+
+    def _possible(self, layer: BalancedLayer, plan: Plan) -> bool:
+        """Whether the rooms hold the plan's guests, and its parts are such that the experts can be cut into. What was
+        published did not look at either.
+        """
+        newcomers = Newcomers.of(plan, self.group.size, len(layer.home_E), layer.cutter, self.room)
+        fits = all(n <= self.leases.room(layer.index, p) for p, n in enumerate(newcomers.slots_P))
+        return fits and all(t.parts <= layer.cutter.most_parts for t in plan.transfers)
 
     # Guests that stay
 

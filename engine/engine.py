@@ -134,6 +134,7 @@ class Engine:
             "dense_bytes": blueprint.footprint.dense,
             "baseline_bytes": baseline,  # this process with all code loaded, before any weight
             "hidden_bytes": self.spec.hidden_size * blueprint.dtype.itemsize,
+            "guest_bytes": self._parallel.guest_bytes if self._parallel else 0,
             "own_expert_bytes": sum(layer.pool.nbytes for layer in self._experts.layers),
         }
         logger.info(

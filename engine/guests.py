@@ -135,6 +135,10 @@ class GuestRoom:
         self._buffer = torch.empty(self.slots * self._stride, dtype=torch.uint8, device=device)
         self._used = 0
 
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
     def whole(self, slot: int, nbytes: int) -> torch.Tensor:
         """The bytes of a slot's expert."""
         return self._take(slot * self._stride, nbytes)

@@ -310,6 +310,7 @@ class Stats:
     balance_transfers: int = 0
     balance_parts: int = 0
     balance_split_experts: int = 0
+    balance_refused: int = 0
     balance_guest_hits: int = 0
     balance_guests_kept: int = 0
     balance_guests_evicted: int = 0

@@ -258,6 +258,11 @@ class Parallel:
         return [table.to_lists() for table in self._mover.tables]
 
     @property
+    def guest_bytes(self) -> int:
+        """The room that is set aside for experts of other ranks."""
+        return self._room.nbytes if self._room is not None else 0
+
+    @property
     def moved_bytes(self) -> int:
         return self._mover.moved_bytes
 

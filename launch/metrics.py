@@ -91,6 +91,7 @@ _BALANCE = (
     ("moved_bytes", "bytes_moved", "Bytes of expert weights that were sent for one layer of one step.", 1.0),
     ("transfers", "transfers", "Weight transfers of the plans.", 1.0),
     ("parts", "part_transfers", "Those of a part of an expert's columns.", 1.0),
+    ("refused", "plans_refused", "Plans that asked for more guests than there is room for.", 1.0),
     ("split_experts", "split_experts", "Experts whose rows a plan gave to several ranks.", 1.0),
     ("guest_hits", "guest_hits", "Experts of planned layers that a guest of an earlier step computed.", 1.0),
     ("guests_kept", "guests_kept", "Moved experts that stayed as guests for later steps.", 1.0),

@@ -119,6 +119,17 @@ def test_slices_when_one_transfer_is_too_long() -> None:
     assert made.modelled_ns < 160_000
 
 
+def test_no_more_parts_than_an_expert_can_be_cut_into() -> None:
+    problem = task([200] + [0] * 4, 5, expert_bytes=100_000)
+    assert max(t.parts for t in plan(problem).transfers) == 4
+    for most in (1, 2, 5):
+        made = plan(replace(problem, most_parts=most))
+        check(problem, made)
+        assert max((t.parts for t in made.transfers), default=1) <= most
+    with pytest.raises(ValueError, match="most_parts is 0"):
+        replace(problem, most_parts=0)
+
+
 def test_slices_do_not_pay_when_the_rows_way_is_what_takes_time() -> None:
     made = plan(task([200] + [0] * 4, 5, expert_bytes=20_000, rates=replace(SIMPLE, wire_ps=NS)))
     assert made.transfers and not made.sliced_E.any()

@@ -6,6 +6,8 @@ on what they got; tokens in chunks when memory leaves nothing else.
 
 from __future__ import annotations
 
+import numpy as np
+
 from .model import rates_array
 from .plan import Plan, Transfer
 from .problem import Problem
@@ -39,7 +41,7 @@ def plan(problem: Problem) -> Plan:
         problem.node_P,
         problem.room_P,
         problem.most_rows_P,
-        rates_array(problem.rates),
+        np.append(rates_array(problem.rates), problem.most_parts),
         problem.expert_bytes,
     )
     return Plan(

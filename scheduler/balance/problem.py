@@ -68,6 +68,7 @@ class Problem:
         expert_bytes: of one expert's weights.
         room_P: bytes for guests that a rank has free.
         most_rows_P: rows that fit into a rank's memory at a time; a layer with more runs in chunks of tokens.
+        most_parts: into how many column parts an expert may be cut; 1 where it cannot be.
     """
 
     rows_PE: Integers
@@ -78,8 +79,11 @@ class Problem:
     room_P: Integers
     most_rows_P: Integers
     rates: Rates
+    most_parts: int = 63
 
     def __post_init__(self) -> None:
+        if self.most_parts < 1:
+            raise ValueError(f"most_parts is {self.most_parts}; it must be at least 1")
         ranks, experts = self.rows_PE.shape
         for name, shape in (
             ("rows_PE", (ranks, experts)),

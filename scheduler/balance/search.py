@@ -11,6 +11,8 @@ from numba import njit
 
 BASE, EXPERT, ROW, WIRE, NEAR_ALPHA, NEAR_RATE, FAR_ALPHA, FAR_RATE, HIDDEN, GUEST, PLAN = range(11)
 """Places of `Rates` in an array."""
+MOST_PARTS = 11
+"""Behind them, in `search`: into how many parts an expert may be cut."""
 FS = 1_000_000
 PS = 1000
 MOST = np.int64(1) << 60
@@ -560,7 +562,7 @@ def _attempt(
                     ready,
                 )
             for parts in _PARTS:
-                if parts > n + n2:
+                if parts > n + n2 or parts > rates[MOST_PARTS]:
                     break
                 spent[0] += parts
                 size = -(-expert_bytes // parts)
