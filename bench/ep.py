@@ -126,6 +126,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("tokens", "step_tokens", "requests", "repeats", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    for name in ("dispatcher", "chunks", "balance"):
+        if max(worlds) == 1 and getattr(args, name) != "auto":
+            raise ValueError(f"--{name} changes nothing with one rank; leave it out, or add a world to --ranks")
     if args.output < 0:
         raise ValueError(f"--output is {args.output}; it must not be negative")
     model = resolve_model(args)

@@ -28,6 +28,8 @@ FOR_SEVERAL_RANKS = {
 (`on_rank_loss`), and its experts' loads recorded for more ranks (`placement`)."""
 
 BALANCE = ("auto", "priced", "native", "eplb", "resplit", "llep", "moonep", "ultraep", "metro", "tempo")
+WITHOUT_GUESTS = ("native", "eplb", "resplit", "metro", "tempo")
+"""Planners that move no weights."""
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -179,8 +181,14 @@ class EngineConfig:
         parse_size(self.move_bytes, "move_bytes")
         if self.guest_memory is not None:
             parse_size(self.guest_memory, "guest_memory")
-            if self.balance == "native":
-                raise ValueError("guest_memory is of no use with balance native, which has no guests; leave one out")
+            if self.balance in WITHOUT_GUESTS:
+                raise ValueError(
+                    f"guest_memory is of no use with balance {self.balance}, which has no guests; leave one out"
+                )
+            if self.dispatcher == "all_gather":
+                raise ValueError(
+                    "guest_memory is of no use with dispatcher all_gather, whose layers are not balanced; leave one out"
+                )
         if self.balance not in ("auto", "native") and self.dispatcher == "all_gather":
             raise ValueError(
                 f"balance {self.balance} needs to send tokens where a plan says, and dispatcher all_gather sends all to"

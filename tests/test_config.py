@@ -75,10 +75,13 @@ def test_balance_needs_tokens_that_go_where_a_plan_says():
     EngineConfig(ep=2, balance="auto", dispatcher="all_gather")
     with pytest.raises(ValueError, match=r"^guest_memory is of no use with balance native"):
         EngineConfig(ep=2, balance="native", guest_memory="1GiB")
+    with pytest.raises(ValueError, match=r"^guest_memory is of no use with dispatcher all_gather"):
+        EngineConfig(ep=2, dispatcher="all_gather", guest_memory="1GiB")
 
 
 def test_the_planners_are_those_that_there_are():
-    from moeyard.engine.config import BALANCE
-    from moeyard.scheduler.balance.baselines import PLANNERS
+    from moeyard.engine.config import BALANCE, WITHOUT_GUESTS
+    from moeyard.scheduler.balance.baselines import PLANNERS, STAYING
 
     assert set(BALANCE) == {"auto", *PLANNERS}
+    assert set(WITHOUT_GUESTS) == set(STAYING)
