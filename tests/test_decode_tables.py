@@ -56,7 +56,7 @@ class Engine:
         self.balancer = Balancer(self.group, native, Room(), node_P=[0] * RANKS, rates=rates)
         self.counts = [torch.zeros(EXPERTS, dtype=torch.long) for _ in tables]
         self.lookups = [Lookups(table, self.group.device) for table in tables]
-        cutter = SimpleNamespace(nbytes=lambda: 8)
+        cutter = SimpleNamespace(nbytes=lambda: 8, most_parts=1)
         for index, (lookups, table) in enumerate(zip(self.lookups, tables, strict=True)):
             BalancedLayer(self.balancer, index, None, cutter, lookups, table, lambda index=index: self.counts[index])
         self.tables = self.balancer.tables = DecodeTables(self.balancer, TOP_K, length)
