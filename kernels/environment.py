@@ -13,9 +13,11 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
     # numba would otherwise prefer TBB, where that is installed, which is a second pool.
     "NUMBA_THREADING_LAYER_PRIORITY": "omp tbb workqueue",
-    # oneDNN keeps a compiled primitive for each shape that it has seen, about a megabyte each and up to a thousand.
-    # Experts see many numbers of rows; to compile one again takes a millisecond.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    # oneDNN keeps a compiled primitive for each shape that it has seen, at least a quarter of a megabyte each and up to
+    # a thousand, and so does the layer by which PyTorch calls it. Experts see many numbers of rows; to compile one
+    # again takes a millisecond.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+    "LRU_CACHE_CAPACITY": "32",
 }
 
 
