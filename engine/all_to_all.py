@@ -33,12 +33,18 @@ class Way(Protocol):
 
 
 class Balancing(Protocol):
-    """Makes balancing plans, the same on every rank; `digest` stands for the last one."""
+    """Makes balancing plans, the same on every rank; `digest` stands for the last one. `gap_us`, how long weights that set
+    out before the counts could travel here, goes with the counts.
+    """
 
     @property
     def digest(self) -> int: ...
-    def make(self, pairs_PE: torch.Tensor) -> Way | None:
-        """The way by which tokens go instead of the table's, for the rows that each rank has for each expert."""
+    @property
+    def gap_us(self) -> int: ...
+    def make(self, pairs_PE: torch.Tensor, gap_us: int) -> Way | None:
+        """The way by which tokens go instead of the table's, for the rows that each rank has for each expert, and the
+        smallest of their gaps.
+        """
 
 
 class AllToAllDispatcher(RankDispatcher):
@@ -65,6 +71,7 @@ class AllToAllDispatcher(RankDispatcher):
 
     def cut(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, plan: StepPlan) -> list[Any]:
         group, experts = self.group, self.table.experts
+        balance = self._balance if plan.balanced else None
         with group.progress.span("plan"):
             # A plan is made for this step alone, and is native where it would do nothing.
             lookup = self.lookups.homes if plan.balanced else self.lookups.current
@@ -76,10 +83,11 @@ class AllToAllDispatcher(RankDispatcher):
             flat = ids_TK.reshape(-1)
             pairs_E.scatter_add_(0, flat + 1, torch.ones_like(flat, dtype=torch.int32))
             mine = torch.cat([pairs_E[1:], _rows(need_TP, bounds)]).cpu()
-        counts = self._exchange(mine, plan)
+            gap = torch.tensor([balance.gap_us if balance is not None else 0], dtype=torch.int32)
+        counts = self._exchange(torch.cat([mine, gap]), plan)
         with group.progress.span("plan"):
-            pairs_PE, rows = counts[:, :experts], counts[:, experts:]
-            way = self._balance.make(pairs_PE) if plan.balanced and self._balance is not None else None
+            pairs_PE, rows, gap_P = counts[:, :experts], counts[:, experts:-1], counts[:, -1]
+            way = balance.make(pairs_PE, int(gap_P.min())) if balance is not None else None
             if way is not None:
                 routing = way.route(ids_TK)
                 need_TP = routing.need(group.size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from ..scheduler.balance.leases import Action, Evict, Keep, Leases
 from ..scheduler.balance.model import price
 from ..scheduler.balance.plan import Plan, native
 from ..scheduler.balance.problem import FS, PS, Integers, Problem, Rates
+from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable
 from .group import RankGroup
 from .guest_moves import Newcomers
@@ -39,7 +40,8 @@ class BalanceFigures:
     """Sums over planned layers, in nanoseconds by the model but for `plan_ns`, which is measured.
 
     `guest_hits` counts experts of planned layers that were computed by a guest kept from an earlier step, and `tables`
-    those published for the steps that make no plans of their own.
+    those published for the steps that make no plans of their own. `early` counts the layers whose weights set out
+    before their counts were known.
     """
 
     layers: int = 0
@@ -57,6 +59,7 @@ class BalanceFigures:
     guests_kept: int = 0
     guests_evicted: int = 0
     tables: int = 0
+    early: int = 0
 
 
 def warm_up(planner: Planner) -> None:
@@ -80,7 +83,8 @@ class Balancer:
     """Plans the layers of one engine. The same on every rank of the group: all hold the same counts and rates.
 
     With `keep`, guests stay for later steps where that pays; a planner that does not look at the room for guests
-    cannot have any.
+    cannot have any. With `early`, weights set out before a layer's router has spoken where that pays; the planner must
+    move nothing where there is no room.
     """
 
     def __init__(
@@ -94,8 +98,10 @@ class Balancer:
         rates: Rates = NO_RATES,
         figures: BalanceFigures | None = None,
         keep: bool = True,
+        early: bool = False,
     ) -> None:
         self.group = group
+        self.early = early
         self.room = room
         self.figures = BalanceFigures() if figures is None else figures
         self.last_digest = 0
@@ -117,6 +123,7 @@ class Balancer:
     @rates.setter
     def rates(self, rates: Rates) -> None:
         self._rates = rates
+        self._check_still()
         if self.tables is not None:
             self.tables.clear()
         move_ns = rates.near_alpha_ns - (-self.room.expert_bytes * rates.near_fs_per_byte // FS) if self._keep else 0
@@ -124,19 +131,32 @@ class Balancer:
         for layer in self.layers.values():
             layer.update()
 
-    def plan(self, layer: BalancedLayer, rows_PE: Integers) -> tuple[Problem, Plan]:
-        """The layer's plan for these counts [P, E]."""
+    def begin(self, after: int, step: StepPlan) -> None:
+        """A layer of a step has ended (-1: the step begins): the next one's weights may set out. On every rank."""
+        if step.balanced and (layer := self.layers.get(after + 1)) is not None:
+            with self.group.progress.span("plan"):
+                layer.begin(step.tokens_P)
+
+    def plan(
+        self, layer: BalancedLayer, rows_PE: Integers, how: Callable[[Problem], Plan] | None = None
+    ) -> tuple[Problem, Plan]:
+        """The layer's plan for these counts [P, E]; `how` makes it, if not `make`."""
         started = time.perf_counter_ns()
         problem = self.problem(layer, rows_PE)
+        plan = self.make(layer, problem) if how is None else how(problem)
+        self.last_digest = plan.digest ^ layer.holders_digest
+        self._count(problem, plan, time.perf_counter_ns() - started)
+        return problem, plan
+
+    def make(self, layer: BalancedLayer, problem: Problem) -> Plan:
+        """What the planner says, if it can be carried out."""
         plan = self._planner(problem)
         if plan.transfers and not self._possible(layer, plan):
             self._say_refused()
             plan = native(problem)
-        if not plan.modelled_ns and rows_PE.any():  # a published planner does not look at times
+        if not plan.modelled_ns and problem.rows_PE.any():  # a published planner does not look at times
             plan = replace(plan, modelled_ns=price(problem, plan), native_ns=price(problem, native(problem)))
-        self.last_digest = plan.digest ^ layer.holders_digest
-        self._count(problem, plan, time.perf_counter_ns() - started)
-        return problem, plan
+        return plan
 
     def _say_refused(self) -> None:
         self.figures.refused += 1
@@ -195,12 +215,17 @@ class Balancer:
 
     def drop_guests(self) -> None:
         """An expert table changes: guests and tables are forgotten, in every layer."""
+        self._check_still()
         if self.tables is not None:
             self.tables.clear()
         held = [layer for index, layer in self.layers.items() if self.leases.held(index)]
         self.leases.drop_all()
         for layer in held:
             layer.update()
+
+    def _check_still(self) -> None:
+        moving = [index for index, layer in self.layers.items() if layer.moving]
+        assert not moving, f"weights are on their way to the guests of layers {moving}"
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -220,8 +245,8 @@ class Balancer:
         it.native_ns += plan.native_ns
         it.modelled_ns += plan.modelled_ns
         it.ideal_ns += ideal_ns(problem)
-        if not plan.is_native:
-            it.acted += 1
+        it.acted += not plan.is_native
+        if plan.transfers or not plan.is_native:  # what came early may have been of no use
             it.moved_bytes += plan.moved_bytes(problem)
             it.transfers += len(plan.transfers)
             it.parts += sum(t.parts > 1 for t in plan.transfers)

@@ -5,8 +5,9 @@ P: ranks, E: experts, T: tokens, K: experts per token, Q: places of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from zlib import crc32
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..scheduler.balance.problem import Integers, Problem
 from ..scheduler.balance.shares import own_shares
 from ..scheduler.table import ExpertTable
 from .balance import Balancer, places
+from .early_moves import EarlyMoves
 from .experts import ExpertPool
 from .guest_moves import GuestMoves, Newcomers, Numbers
 from .guests import Cutter, Guest
@@ -67,6 +69,8 @@ class BalancedLayer:
         self._lookups = lookups
         self._moves: GuestMoves | None = None
         self._made: tuple[Problem, Plan, Newcomers] | None = None
+        self._early = EarlyMoves(balancer, self) if balancer.early else None
+        self._newcomers: Newcomers | None = None  # of transfers that started before the counts were known
         self._runs = 0
         self._wanted = False
         self.table_PEQ: Integers | None = None
@@ -121,23 +125,51 @@ class BalancedLayer:
         """Of the last plan, of whatever layer."""
         return self._balancer.last_digest
 
-    def make(self, pairs_PE: torch.Tensor) -> BalancedWay | None:
-        """Plans for these counts and starts the weights' transfers; None when every expert stays at its home."""
-        balancer = self._balancer
-        here = balancer.group.position
-        problem, plan = balancer.plan(self, pairs_PE.numpy().astype(np.int64))
-        newcomers = Newcomers.of(plan, problem.ranks, problem.experts, self.cutter, balancer.room)
+    @property
+    def gap_us(self) -> int:
+        """How long weights that set out before the counts could travel, in the last step that planned this layer."""
+        return self._early.gap_us if self._early is not None else 0
+
+    def begin(self, tokens_P: Sequence[int]) -> None:
+        """The layer before has ended, in a step of so many tokens: starts transfers, if any start before the counts."""
+        if self._early is not None:
+            assert self._newcomers is None, f"layer {self.index} did not run after its weights had set out"
+            plan = self._early.begin(tokens_P)
+            if plan is not None:
+                self._newcomers = self._start(plan)
+            self._early.travelling()
+
+    def make(self, pairs_PE: torch.Tensor, gap_us: int) -> BalancedWay | None:
+        """Plans for these counts and starts the weights' transfers, if none set out before; None when every expert
+        stays at its home. `gap_us` is the smallest of the ranks' gaps.
+        """
+        balancer, early = self._balancer, self._early
+        if early is not None:
+            early.counted()
+        how = partial(early.plan, gap_us) if early is not None else None
+        problem, plan = balancer.plan(self, pairs_PE.numpy().astype(np.int64), how)
         self._runs += 1
+        newcomers, self._newcomers = self._newcomers, None
+        if newcomers is None:
+            newcomers = self._start(plan)
+        self._made = (problem, plan, newcomers)
+        if plan.is_native and plan.chunks == 1:
+            return None
+        numbers = self._numbers.with_newcomers(self.number_PE, newcomers)
+        return BalancedWay(problem, plan, *numbers, balancer.group.position)
+
+    def _start(self, plan: Plan) -> Newcomers:
+        """Makes room for a plan's guests and starts their transfers."""
+        balancer = self._balancer
+        ranks, here = balancer.group.size, balancer.group.position
+        newcomers = Newcomers.of(plan, ranks, len(self.home_E), self.cutter, balancer.room)
         wanted = any(newcomers.slots_P)
         if wanted or self._wanted:
             balancer.make_room(self, newcomers.slots_P)
         self._wanted = wanted
-        self._made = (problem, plan, newcomers)
-        if plan.is_native and plan.chunks == 1:
-            return None
         if mine := [t for t in plan.transfers if here in (t.source, t.destination)]:
             self._moves = GuestMoves(balancer.group, self.cutter, balancer.room, self._numbers, mine, self._pack)
-        return BalancedWay(problem, plan, *self._numbers.with_newcomers(self.number_PE, newcomers), here)
+        return newcomers
 
     def _pack(self, t: Transfer) -> torch.Tensor | None:
         """What a transfer brings to another rank, if it is here already: from the pool, or of a guest that was kept."""

@@ -180,6 +180,8 @@ class Parallel:
         self.steps[plan.dispatcher] += 1
         self._last_digest = plan.digest
         self._context.plan = plan
+        if self._context.balancer is not None:
+            self._context.balancer.begin(-1, plan)
         return plan
 
     def _advance_tables(self, plan: StepPlan) -> int:
@@ -384,6 +386,7 @@ class Parallel:
             node_P=[nodes.index(m) for m in machines],
             figures=self._balance,
             keep=self._config.balance not in UNCAPPED,
+            early=self._planner is PLANNERS["priced"],
         )
 
     def _make_room(self, goals: Sequence[ExpertTable]) -> None:

@@ -89,6 +89,8 @@ class ParallelLayer:
             chunk.add_to(out_TD)
         if self._balance is not None:
             self._balance.finish()
+            assert context.balancer is not None
+            context.balancer.begin(self.index, context.plan)
         progress.layer = outer
         return out_TD
 

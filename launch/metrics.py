@@ -96,6 +96,7 @@ _BALANCE = (
     ("guest_hits", "guest_hits", "Experts of planned layers that a guest of an earlier step computed.", 1.0),
     ("guests_kept", "guests_kept", "Moved experts that stayed as guests for later steps.", 1.0),
     ("guests_evicted", "guests_evicted", "Guests that left again.", 1.0),
+    ("early", "early_layers", "Planned layers whose weights set out before their router had spoken.", 1.0),
     ("tables", "tables", "Tables made of a window's counts for steps without plans.", 1.0),
 )
 """Fields of `Stats` without `balance_`, names without `moe_balance_`, texts, and the counters' unit."""
