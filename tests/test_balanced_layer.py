@@ -221,7 +221,7 @@ def test_no_lever_changes_the_result_and_each_acts(worlds, size):
 class Steps:
     """Layers of one rank that share a balancer, whose plans the test makes, and their steps."""
 
-    def __init__(self, group, table, slots, layers=1, window=3, rates=KEEPING):
+    def __init__(self, group, table, slots, layers=1, window=3, rates=KEEPING, **options):
         set_threads(1)
         self.group = group
         self.tokens_P = (24, 3, 10, 11)[: group.size]
@@ -229,7 +229,7 @@ class Steps:
         self.room = GuestRoom(slots * self.layer.cutter.nbytes(), self.layer.cutter, group.device)
         self.planner = native
         self.plans = []
-        self.balancer = Balancer(group, self.make, self.room, node_P=[0] * group.size, rates=rates)
+        self.balancer = Balancer(group, self.make, self.room, node_P=[0] * group.size, rates=rates, **options)
         self.context = StepContext(group, None, balancer=self.balancer)
         self.layers = [ParallelLayer(self.context, table, index, self.layer) for index in range(layers)]
         self.balancer.tables = DecodeTables(self.balancer, CHOICES, window)
@@ -270,6 +270,8 @@ class Steps:
         flat = ids[ids >= 0]
         self.layer.counts_E += torch.bincount(flat, minlength=EXPERTS)
         before = self.group.sent_weight_bytes, self.computed
+        if index == 0:
+            self.balancer.begin(-1, self.context.plan)
         out = self.layers[index].run(self.layer, x, ids, mix)
         if not torch.allclose(out, wanted(x, ids, mix, True), rtol=1e-4, atol=1e-4):
             self.wrong.append(self.steps)
@@ -351,7 +353,7 @@ def random_plan(rng):
             holders = np.flatnonzero(problem.holds_PE[:, expert]).tolist()
             free = [p for p in range(problem.ranks) if p not in holders and room_P[p] > 0]
             way = rng.integers(4)
-            if way == 3 and len(free) > 1 and load:  # in parts, from any holder
+            if way == 3 and len(free) > 1 and load and problem.most_parts > 1:  # in parts, from any holder
                 rows_EP[expert], sliced_E[expert] = 0, load
                 source = holders[rng.integers(len(holders))]
                 transfers += [Transfer(expert, source, p, part, len(free)) for part, p in enumerate(free)]

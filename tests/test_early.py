@@ -40,7 +40,9 @@ def test_the_worked_example():
 @given(problem=problems(), gap_ns=st.sampled_from([0, 40, 10**6]), seed=st.integers(0, 2**32 - 1))
 def test_the_rows_follow_the_counts_and_nothing_else_moves(problem, gap_ns, seed):
     rng = np.random.default_rng(seed)
-    counts_PE = rng.permutation(problem.rows_PE, axis=int(rng.integers(2))) + rng.integers(3, size=problem.rows_PE.shape)
+    counts_PE = rng.permutation(problem.rows_PE, axis=int(rng.integers(2))) + rng.integers(
+        3, size=problem.rows_PE.shape
+    )
     exact = replace(problem, rows_PE=counts_PE)
     early = early_plan(problem, priced.plan, gap_ns)
     assert all(t.parts == 1 and problem.holds_PE[t.source, t.expert] for t in early.transfers)
