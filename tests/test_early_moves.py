@@ -13,6 +13,7 @@ from test_balanced_layer import EXPERTS, RATES, Steps, random_plan, spread
 from test_parity import prompts, reference
 from test_ranks import facts_of, make_engine, run_until_done, submit
 
+from moeyard.engine.dispatch import PlanMismatch
 from moeyard.engine.group import RankLost
 from moeyard.scheduler import placement
 from moeyard.scheduler.balance.early import EarlyPlans
@@ -134,6 +135,20 @@ def test_any_early_plans_give_the_same_result(ranks):
     figures = results[0][-1]
     names = ("transfers", "guest_hits", "guests_kept", "guests_evicted", "early")
     assert all(figures[name] for name in names)
+
+
+def disagreeing(group):
+    """Rank 1 alone takes it that early moves pay."""
+    steps = Steps(group, placement.linear(EXPERTS, group.size), slots=2, rates=RATES, keep=False, early=True)
+    steps.run(spread(0))
+    if group.position == 1:
+        force(steps.balancer)
+    with pytest.raises(PlanMismatch):
+        steps.run(spread(0))
+
+
+def test_ranks_that_decide_otherwise_are_an_error(ranks):
+    ranks.run(disagreeing)
 
 
 # Whole engines

@@ -30,7 +30,7 @@ class EarlyPlans:
     In each step that plans its layers call `begin` when weights can set out, then `plan` when the counts are known.
 
     Args:
-        planner: makes plans, early or not, and splits rows where there is room for no guests.
+        planner: makes plans, with their modelled and native times; where there is room for no guests, it splits rows.
     """
 
     def __init__(self, planner: Callable[[Problem], Plan]) -> None:
@@ -140,15 +140,14 @@ def corrected(problem: Problem, early: Plan, planner: Callable[[Problem], Plan],
         holds_PE[t.destination, t.expert] = 1
     split = planner(replace(problem, holds_PE=holds_PE, room_P=np.zeros_like(problem.room_P), most_parts=1))
     assert not split.transfers, f"{split.planner} moves an expert where there is no room"
-    home = native(problem)
-    timed = _hiding(problem, gap_ns)
-    ways = [replace(home, transfers=early.transfers)]
+    arrived_ns = max(arrivals(problem, early), default=0) - problem.rates.hidden_ns - gap_ns
+    home = replace(native(problem), transfers=early.transfers)
+    ways = [(max(split.native_ns, arrived_ns), home)]  # where the experts are does not change it
     if not split.is_native:
-        ways.append(replace(split, transfers=early.transfers))
-    arrived_ns = max(arrivals(timed, early), default=0) - timed.rates.hidden_ns
-    times = [max(price(timed, way), arrived_ns) + problem.rates.plan_ns for way in ways]
-    best = times.index(min(times))
-    return replace(ways[best], modelled_ns=times[best], native_ns=price(problem, home))
+        whole = replace(split, transfers=early.transfers)
+        ways.append((max(price(_hiding(problem, gap_ns), whole), arrived_ns), whole))
+    best_ns, best = min(ways, key=lambda way: way[0])
+    return replace(best, modelled_ns=best_ns + problem.rates.plan_ns, native_ns=split.native_ns)
 
 
 def _hiding(problem: Problem, gap_ns: int) -> Problem:
