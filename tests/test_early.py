@@ -60,6 +60,19 @@ def test_the_rows_follow_the_counts_and_nothing_else_moves(problem, gap_ns, seed
     assert same(plan, corrected(exact, early_plan(problem, priced.plan, gap_ns), priced.plan, gap_ns))
 
 
+@settings(max_examples=100, deadline=None)
+@given(problem=problems(), gap_ns=st.sampled_from([0, 40, 10**6]))
+def test_as_expected_the_layer_is_as_fast_as_the_early_plan(problem, gap_ns):
+    early = early_plan(problem, priced.plan, gap_ns)
+    check(problem, early)
+    hidden_ns = problem.rates.hidden_ns + gap_ns
+    arrived = [ns - hidden_ns for ns in arrivals(problem, early)]
+    hiding = replace(problem, rates=replace(problem.rates, hidden_ns=hidden_ns))
+    assert all(ns <= early.modelled_ns for ns in arrived)
+    wanted_ns = max([price(hiding, early), *arrived]) + problem.rates.plan_ns
+    assert corrected(problem, early, priced.plan, gap_ns).modelled_ns <= wanted_ns
+
+
 def test_rows_go_to_a_newcomer_in_other_shares_than_planned():
     rates = replace(RATES, plan_ns=PLAN_NS)
     expected = problem_of([600, 600, 0, 0], 2, rates=rates)

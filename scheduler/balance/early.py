@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from .model import arrivals, price
-from .plan import Plan, native
+from .plan import Plan, chunks_needed, native
 from .problem import Integers, Problem
 
 MEMORY = 4
@@ -117,23 +117,32 @@ def expected_rows(rows_PE: Integers, then_P: Sequence[int], now_P: Sequence[int]
 def early_plan(problem: Problem, planner: Callable[[Problem], Plan], gap_ns: int) -> Plan:
     """What to move for the expected rows: whole experts, each from a rank that has it between steps.
 
-    Nobody passes on what it got: that would have to wait until the layer runs.
+    Nobody passes on what it got, which would have to wait until the layer runs. What then would come after the time by
+    which the planner would be through with the layer stays where it is.
     """
     plan = planner(replace(_hiding(problem, gap_ns), most_parts=1))
-    transfers = []
+    useful = []
     for t in plan.transfers:
         assert t.parts == 1, f"{plan.planner} cuts an expert that cannot be cut"
         if plan.rows_EP[t.expert, t.destination]:
             source = t.source if problem.holds_PE[t.source, t.expert] else int(problem.home_E[t.expert])
-            transfers.append(replace(t, source=source))
-    return replace(plan, transfers=tuple(transfers))
+            useful.append(replace(t, source=source))
+    rows_EP, transfers = plan.rows_EP.copy(), []
+    for t, arrival_ns in zip(useful, arrivals(problem, replace(plan, transfers=tuple(useful))), strict=True):
+        if arrival_ns <= plan.modelled_ns + gap_ns + problem.rates.hidden_ns:
+            transfers.append(t)
+        else:
+            rows_EP[t.expert, problem.home_E[t.expert]] += rows_EP[t.expert, t.destination]
+            rows_EP[t.expert, t.destination] = 0
+    return replace(plan, rows_EP=rows_EP, transfers=tuple(transfers))
 
 
 def corrected(problem: Problem, early: Plan, planner: Callable[[Problem], Plan], gap_ns: int) -> Plan:
-    """The plan for the exact counts whose transfers are those of the early one: rows go to all holders, newcomers too,
-    or stay at home where that is faster, with `modelled_ns` and `native_ns`.
+    """The plan for the exact counts whose transfers are those of the early one, with `modelled_ns` and `native_ns`.
 
-    Its time includes that of planning twice, and it is not over before all transfers are.
+    Rows stay at home, go over all holders as the planner splits them, newcomers too, or as the early plan split those
+    that it expected, whichever is fastest. The time includes that of planning twice, and it is not over before all
+    transfers are.
     """
     holds_PE = problem.holds_PE.copy()
     for t in early.transfers:
@@ -143,11 +152,24 @@ def corrected(problem: Problem, early: Plan, planner: Callable[[Problem], Plan],
     arrived_ns = max(arrivals(problem, early), default=0) - problem.rates.hidden_ns - gap_ns
     home = replace(native(problem), transfers=early.transfers)
     ways = [(max(split.native_ns, arrived_ns), home)]  # where the experts are does not change it
-    if not split.is_native:
-        whole = replace(split, transfers=early.transfers)
-        ways.append((max(price(_hiding(problem, gap_ns), whole), arrived_ns), whole))
+    rows_EP = _in_shares(problem, early)
+    alike = replace(early, rows_EP=rows_EP, chunks=chunks_needed(problem, rows_EP.sum(0)))
+    for way in (split, alike):
+        if not way.is_native:
+            moving = replace(way, transfers=early.transfers)
+            ways.append((max(price(_hiding(problem, gap_ns), moving), arrived_ns), moving))
     best_ns, best = min(ways, key=lambda way: way[0])
     return replace(best, modelled_ns=best_ns + problem.rates.plan_ns, native_ns=split.native_ns)
+
+
+def _in_shares(problem: Problem, early: Plan) -> Integers:
+    """[E, P] the problem's rows, each expert's in the shares of the early plan; at home where that expected none."""
+    loads_E, expected_E = problem.loads_E, early.rows_EP.sum(1)
+    ends_EP = early.rows_EP.cumsum(1) * loads_E[:, None] // np.maximum(expected_E, 1)[:, None]
+    rows_EP = np.diff(ends_EP, axis=1, prepend=0)
+    none_E = np.flatnonzero(expected_E == 0)
+    rows_EP[none_E, problem.home_E[none_E]] = loads_E[none_E]
+    return rows_EP
 
 
 def _hiding(problem: Problem, gap_ns: int) -> Problem:
