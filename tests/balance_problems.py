@@ -150,5 +150,5 @@ def same(first: Plan, second: Plan) -> bool:
         first.planner == second.planner
         and np.array_equal(first.rows_EP, second.rows_EP)
         and np.array_equal(first.sliced_E, second.sliced_E)
-        and (first.transfers, first.chunks) == (second.transfers, second.chunks)
+        and (first.transfers, first.chunks, first.shared) == (second.transfers, second.chunks, second.shared)
     )

@@ -1,4 +1,4 @@
-"""A balancing plan: the rows that each rank computes of each expert, and the weights that move for it.
+"""A balancing plan: the rows that each rank computes of each expert, and what moves for it: weights, shared tokens.
 
 P: ranks, E: experts.
 """
@@ -33,6 +33,15 @@ class Transfer:
     parts: int = 1
 
 
+@dataclass(frozen=True, order=True)
+class SharedMove:
+    """The shared experts of so many `tokens` of the rank `source`, its last ones, are computed by `destination`."""
+
+    source: int
+    destination: int
+    tokens: int
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Who computes what in one layer of one step. The same on every rank; all integers.
@@ -42,7 +51,7 @@ class Plan:
     `parts > 1` bring a part to, at most one group per expert, which has every part once.
 
     `transfers` are sent in this order by each link. A source holds the expert, or gets all of it by an earlier
-    transfer. `chunks` is the number of parts into which the tokens are cut because of memory.
+    transfer. `chunks` is the number of parts into which the tokens are cut because of memory. `shared` is in order.
     """
 
     planner: str
@@ -53,15 +62,24 @@ class Plan:
     modelled_ns: int = 0
     native_ns: int = 0
     bound_ns: int = 0
+    shared: tuple[SharedMove, ...] = ()
 
     @property
     def is_native(self) -> bool:
+        """Whether the plan is to do nothing."""
+        return self.at_home and not self.shared
+
+    @property
+    def at_home(self) -> bool:
+        """Whether every expert's rows are computed at its home."""
         return self.planner == "native"
 
     @property
     def digest(self) -> int:
         """A number of 31 bits that travels with the next exchange; what the plan does, not how it was found."""
-        text = self.rows_EP.tobytes() + self.sliced_E.tobytes() + repr((self.transfers, self.chunks)).encode()
+        text = (
+            self.rows_EP.tobytes() + self.sliced_E.tobytes() + repr((self.transfers, self.chunks, self.shared)).encode()
+        )
         return int.from_bytes(blake2b(text, digest_size=4).digest(), "big") & 0x7FFFFFFF
 
     def moved_bytes(self, problem: Problem) -> int:
@@ -147,5 +165,21 @@ def check(problem: Problem, plan: Plan) -> None:
     if (bytes_P > problem.room_P).any():
         p = int(np.flatnonzero(bytes_P > problem.room_P)[0])
         raise BadPlan(f"rank {p} has room for {problem.room_P[p]} bytes of guests; {bytes_P[p]} planned")
+    _check_shared(problem, plan)
     if plan.chunks < chunks_needed(problem, received_rows(plan)):
         raise BadPlan(f"{plan.chunks} chunks; {chunks_needed(problem, received_rows(plan))} are needed")
+
+
+def _check_shared(problem: Problem, plan: Plan) -> None:
+    sources, destinations = {m.source for m in plan.shared}, {m.destination for m in plan.shared}
+    if sources & destinations:
+        raise BadPlan(f"rank {min(sources & destinations)} gives shared tokens away and gets some")
+    if any(m.tokens < 1 for m in plan.shared):
+        raise BadPlan("a move of no shared tokens")
+    pairs = [(m.source, m.destination) for m in plan.shared]
+    if pairs != sorted(set(pairs)):
+        raise BadPlan("moves of shared tokens are not in order, each once")
+    for p in sorted(sources):
+        tokens = sum(m.tokens for m in plan.shared if m.source == p)
+        if tokens > problem.tokens_P[p]:
+            raise BadPlan(f"rank {p} has {problem.tokens_P[p]} shared tokens; {tokens} planned to go elsewhere")

@@ -1,13 +1,14 @@
 """The priced planner: of all the plans that it looks at, the one whose modelled time is least.
 
 Levers: nothing; rows over the ranks that hold an expert; whole experts for this layer; column slices; ranks that pass
-on what they got; tokens in chunks when memory leaves nothing else.
+on what they got; tokens in chunks when memory leaves nothing else; shared experts' tokens to ranks that are early.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from .filling import filled
 from .model import rates_array
 from .plan import Plan, Transfer
 from .problem import Problem
@@ -44,7 +45,7 @@ def plan(problem: Problem) -> Plan:
         np.append(rates_array(problem.rates), problem.most_parts),
         problem.expert_bytes,
     )
-    return Plan(
+    made = Plan(
         "priced" if found else "native",
         split_EP,
         sliced_E,
@@ -53,3 +54,4 @@ def plan(problem: Problem) -> Plan:
         int(modelled_ns),
         int(native_ns),
     )
+    return filled(problem, made) if problem.rates.shared_ps and problem.tokens_P.any() else made

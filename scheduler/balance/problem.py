@@ -6,7 +6,7 @@ rank computes the same plan.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -45,14 +45,20 @@ class Rates:
     guest_ns: int = 0
     """What each expert that is computed apart from the resident ones costs extra (a call of its own)."""
     plan_ns: int = 0
-    """What any plan but `native` costs: another exchange of counts, other splits."""
+    """What any plan costs that computes rows elsewhere than at home: another exchange of counts, other splits."""
+    shared_ps: int = 0
+    """A token's shared experts. This and what follows is not in `model.rates_array`: the search knows nothing of it."""
+    shared_wire_ps: int = 0
+    """A token's way to the rank that computes its shared experts for it, and back: at both ranks, beside nothing."""
+    shared_ns: int = 0
+    """What it costs that any such tokens travel: two more exchanges, another call of the shared experts."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for it in fields(self):
+            value = getattr(self, it.name)
             if value < 0 or int(value) != value:
-                raise ValueError(f"{field.name} is {value}; it must be an integer from 0 up")
-            object.__setattr__(self, field.name, int(value))
+                raise ValueError(f"{it.name} is {value}; it must be an integer from 0 up")
+            object.__setattr__(self, it.name, int(value))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,8 @@ class Problem:
         room_P: bytes for guests that a rank has free.
         most_rows_P: rows that fit into a rank's memory at a time; a layer with more runs in chunks of tokens.
         most_parts: into how many column parts an expert may be cut; 1 where it cannot be.
+        tokens_P: tokens of each rank that go through the layer's shared experts, which every rank has; zeros, or
+            nothing given, where there are none or where they must stay at home.
     """
 
     rows_PE: Integers
@@ -80,11 +88,14 @@ class Problem:
     most_rows_P: Integers
     rates: Rates
     most_parts: int = 63
+    tokens_P: Integers = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         if self.most_parts < 1:
             raise ValueError(f"most_parts is {self.most_parts}; it must be at least 1")
         ranks, experts = self.rows_PE.shape
+        if not np.size(self.tokens_P):
+            object.__setattr__(self, "tokens_P", np.zeros(ranks, dtype=np.int64))
         for name, shape in (
             ("rows_PE", (ranks, experts)),
             ("holds_PE", (ranks, experts)),
@@ -92,6 +103,7 @@ class Problem:
             ("node_P", (ranks,)),
             ("room_P", (ranks,)),
             ("most_rows_P", (ranks,)),
+            ("tokens_P", (ranks,)),
         ):
             array = np.ascontiguousarray(getattr(self, name), dtype=np.int64)
             if array.shape != shape:
