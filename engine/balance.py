@@ -41,7 +41,8 @@ class BalanceFigures:
 
     `guest_hits` counts experts of planned layers that were computed by a guest kept from an earlier step, and `tables`
     those published for the steps that make no plans of their own. `early` counts the layers whose weights set out
-    before their counts were known.
+    before their counts were known. `shared_rows` counts tokens whose shared experts
+    another rank computed.
     """
 
     layers: int = 0
@@ -60,6 +61,7 @@ class BalanceFigures:
     guests_evicted: int = 0
     tables: int = 0
     early: int = 0
+    shared_rows: int = 0
 
 
 def warm_up(planner: Planner) -> None:
@@ -182,6 +184,7 @@ class Balancer:
             most_rows_P=self._most_rows_P,
             rates=self._rates,
             most_parts=layer.cutter.most_parts,
+            tokens_P=np.array(layer.tokens_P, dtype=np.int64),
         )
 
     def _possible(self, layer: BalancedLayer, plan: Plan) -> bool:
@@ -249,16 +252,18 @@ class Balancer:
         if plan.transfers or not plan.is_native:  # what came early may have been of no use
             it.moved_bytes += plan.moved_bytes(problem)
             it.transfers += len(plan.transfers)
+            it.shared_rows += sum(move.tokens for move in plan.shared)
             it.parts += sum(t.parts > 1 for t in plan.transfers)
             it.split_experts += int(((plan.rows_EP > 0).sum(1) + (plan.sliced_E > 0) > 1).sum())
 
 
 def ideal_ns(problem: Problem) -> int:
-    """The layer's time if its rows and the experts' streaming were spread evenly, and nothing moved."""
+    """The layer's time if its rows, the experts' streaming and shared experts were spread evenly, and nothing moved."""
     rates, loads_E = problem.rates, problem.loads_E
     rows_ps = int(loads_E.sum()) * max(rates.row_ps, rates.wire_ps)
     streaming_ps = int((loads_E > 0).sum()) * rates.expert_ps
-    return rates.base_ns + max(rows_ps, streaming_ps) // (problem.ranks * PS) if rows_ps else 0
+    work_ps = max(rows_ps, streaming_ps) + int(problem.tokens_P.sum()) * rates.shared_ps
+    return rates.base_ns + work_ps // (problem.ranks * PS) if work_ps else 0
 
 
 def places(table: ExpertTable) -> tuple[Integers, Integers]:

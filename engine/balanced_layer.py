@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..scheduler.assignment import nearest_homes
-from ..scheduler.balance.plan import Plan, Transfer
+from ..scheduler.balance.plan import Plan, SharedMove, Transfer
 from ..scheduler.balance.problem import Integers, Problem
 from ..scheduler.balance.shares import own_shares
 from ..scheduler.table import ExpertTable
@@ -73,6 +73,8 @@ class BalancedLayer:
         self._newcomers: Newcomers | None = None  # of transfers that started before the counts were known
         self._runs = 0
         self._wanted = False
+        self.tokens_P: Sequence[int] = ()
+        """Tokens of each rank whose shared experts a plan may move; to be given before each step's `make`."""
         self.table_PEQ: Integers | None = None
         """By which steps without a plan go, of ranks; None: to the nearest homes."""
         balancer.layers[index] = self
@@ -141,7 +143,8 @@ class BalancedLayer:
 
     def make(self, pairs_PE: torch.Tensor, gap_us: int) -> BalancedWay | None:
         """Plans for these counts and starts the weights' transfers, if none set out before; None when every expert
-        stays at its home. `gap_us` is the smallest of the ranks' gaps.
+        stays at its home (where tokens of shared experts may move all the same). `gap_us` is the smallest of the ranks'
+        gaps.
         """
         balancer, early = self._balancer, self._early
         if early is not None:
@@ -153,7 +156,7 @@ class BalancedLayer:
         if newcomers is None:
             newcomers = self._start(plan)
         self._made = (problem, plan, newcomers)
-        if plan.is_native and plan.chunks == 1:
+        if plan.at_home and plan.chunks == 1:
             return None
         numbers = self._numbers.with_newcomers(self.number_PE, newcomers)
         return BalancedWay(problem, plan, *numbers, balancer.group.position)
@@ -170,6 +173,11 @@ class BalancedLayer:
         if mine := [t for t in plan.transfers if here in (t.source, t.destination)]:
             self._moves = GuestMoves(balancer.group, self.cutter, balancer.room, self._numbers, mine, self._pack)
         return newcomers
+
+    @property
+    def shared_moves(self) -> tuple[SharedMove, ...]:
+        """Who computes shared experts for whom, by the plan of the step that runs."""
+        return self._made[1].shared if self._made is not None else ()
 
     def _pack(self, t: Transfer) -> torch.Tensor | None:
         """What a transfer brings to another rank, if it is here already: from the pool, or of a guest that was kept."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from ..scheduler.cost import FREE, Constants, ExpertCost, LinkCost, RankConstants
+from ..scheduler.cost import FREE, NO_EXPERTS, Constants, ExpertCost, LinkCost, RankConstants
 from ..scheduler.fit import fit_experts, fit_link
 from . import constants
 from .constants import Record
@@ -111,6 +111,34 @@ def time_experts(layer: MoELayer, progress: bool = False) -> Samples:
     return samples
 
 
+def time_shared(layer: MoELayer) -> Samples:
+    """[1, tokens, ns] of calls of the layer's shared experts: all together they are one expert; nothing where the
+    layer has none that plans may move.
+    """
+    overlap, down = layer.overlap, layer.pool.down_SDI
+    if overlap is None or not movable(layer):
+        return []
+    samples: Samples = []
+    start, per_token_ns = time.perf_counter_ns(), 0.0
+    for done, tokens in enumerate(_ROWS_PER_EXPERT):
+        left_ns = _EXPERTS_BUDGET_S * 1e9 - (time.perf_counter_ns() - start)
+        if done >= 3 and (_REPEATS + 1) * tokens * per_token_ns > left_ns:
+            continue
+        x = torch.randn(1, tokens, down.shape[1], dtype=down.dtype, device=down.device)
+        times = [_timed(down.device, overlap.compute, x) for _ in range(_REPEATS + 1)]
+        samples += [[1, tokens, ns] for ns in times[1:]]
+        per_token_ns = min(times) / tokens
+    return samples
+
+
+def movable(layer: MoELayer) -> bool:
+    """Whether other ranks could compute the layer's shared experts for this one's tokens: they run beside the routed
+    experts, on vectors of the same kind.
+    """
+    down = layer.pool.down_SDI
+    return layer.overlap is not None and layer.overlap.enabled and layer.overlap.row == (down.shape[1], down.dtype)
+
+
 def _some_of(layer: MoELayer, first: int, count: int) -> MoELayer:
     """The layer as if it had only these slots: what it does follows from the mean rows of all it has."""
     part, pool = copy.copy(layer), copy.copy(layer.pool)
@@ -182,6 +210,7 @@ def measure(
     machine_P = [row[0] for row in group.all_gather_ints([machine_number()])]
     key = constants.key_of(layer.pool.reader, group.device, torch.get_num_threads())
     key |= {"ranks": group.size, "machines": "+".join(str(machine_P.count(m)) for m in dict.fromkeys(machine_P))}
+    key["shared"] = layer.overlap.weights if layer.overlap is not None and movable(layer) else 0
     record = constants.load("group", key)
     fresh = record is not None and (planner is None or record.values.planner_ns > 0)
     if all(row[0] for row in group.all_gather_ints([fresh])):
@@ -191,6 +220,7 @@ def measure(
         log.info("measuring the exchanges of %d ranks; kept for the next starts", group.size)
     samples = _time_exchanges(group, layer, machine_P, progress)
     samples["experts"] = time_experts(layer, progress)
+    samples["shared"] = time_shared(layer)
     if planner is not None:
         samples["planner"] = [[_timed(torch.device("cpu"), planner)] for _ in range(_EXCHANGES)]
     agreed = _agree(group, _fit(samples))
@@ -206,7 +236,8 @@ def _agree(group: RankGroup, mine: Constants) -> Constants:
 
 
 def _fit(samples: Mapping[str, Samples]) -> Constants:
-    links = {name: _link(rows) for name, rows in samples.items() if name not in ("experts", "planner") and rows}
+    others = ("experts", "shared", "planner")
+    links = {name: _link(rows) for name, rows in samples.items() if name not in others and rows}
     # Where there are no two ranks on one machine, or only one machine, there is one class of pairs.
     near = links.get("near") or links.get("far") or FREE
     far = links.get("far") or near
@@ -219,6 +250,7 @@ def _fit(samples: Mapping[str, Samples]) -> Constants:
         near,
         far,
         round(median(ns for (ns,) in samples.get("planner", [[0]]))),
+        _expert_cost(samples["shared"]) if samples["shared"] else NO_EXPERTS,
     )
 
 

@@ -343,7 +343,7 @@ class Parallel:
 
     def measure(self) -> None:
         """Measures the group's exchanges and the experts; every rank calls it at the same time."""
-        from .measure import measure
+        from .measure import measure, movable
 
         if self.group.size == 1:
             return
@@ -361,6 +361,11 @@ class Parallel:
                 ranks=self.group.size,
                 beside=self.group.device.type == "cuda",
             )
+        # Every rank has watched its own layers; they move tokens only where all can.
+        can_PL = self.group.all_gather_ints([movable(layer) for layer in self._layers])
+        for layer, can_P in zip(self._layers, zip(*can_PL, strict=True), strict=True):
+            assert layer.parallel is not None
+            layer.parallel.moves_shared = all(can_P)
         self._choices.clear()
 
     def _planner_trial(self, balancer: Balancer) -> None:

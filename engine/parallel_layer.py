@@ -21,6 +21,7 @@ from .guests import run_guests, run_guests_on_all
 from .lookup import Lookups
 from .rank_dispatch import RankDispatcher
 from .row_format import RowFormat
+from .shared_fill import SharedFill
 
 if TYPE_CHECKING:
     from .moe import MoELayer
@@ -44,6 +45,8 @@ class ParallelLayer:
         self.index = index
         self.degrees: dict[int, int] = {}
         """How often each number of chunks was run."""
+        self.moves_shared = False
+        """Whether plans may let other ranks compute shared experts for this one's tokens; on all ranks alike."""
         lookups = Lookups(table, context.group.device)
         balancer = context.balancer
         self._balance = (
@@ -71,10 +74,16 @@ class ParallelLayer:
         outer, progress.layer = progress.layer, self.index
         form = RowFormat(x_TD.shape[1], ids_TK.shape[1], x_TD.dtype)
         self._row_bytes = (form.nbytes, form.hidden_bytes)
+        if self._balance is not None:
+            self._balance.tokens_P = context.plan.tokens_P if self.moves_shared else ()
         chunks = self.dispatchers[context.plan.dispatcher].cut(x_TD, ids_TK, weights_TK, context.plan)
         self.degrees[len(chunks)] = self.degrees.get(len(chunks), 0) + 1
         chunks[0].send()
-        if layer.overlap is not None:
+        fill = None
+        if layer.overlap is not None and self._balance is not None and (moves := self._balance.shared_moves):
+            fill = SharedFill(context.group, layer.overlap, moves, x_TD)
+            fill.run()
+        elif layer.overlap is not None:
             with progress.span("shared"):
                 layer.overlap.run()
         for index, chunk in enumerate(chunks):
@@ -87,6 +96,8 @@ class ParallelLayer:
         out_TD = torch.zeros_like(x_TD)
         for chunk in chunks:
             chunk.add_to(out_TD)
+        if fill is not None:
+            fill.finish()
         if self._balance is not None:
             self._balance.finish()
             assert context.balancer is not None

@@ -198,6 +198,8 @@ def facts(record: Record[Any]) -> Iterator[tuple[str, str]]:
         if field == "far" and "+" not in record.key["machines"]:
             continue
         yield name, _link_text(getattr(values, field))
+    if values.shared.ps_per_row:
+        yield "shared experts", _shared_text(values.shared)
     if values.planner_ns:
         yield "balancing plan", _microseconds(values.planner_ns)
 
@@ -218,6 +220,11 @@ def lines(config: EngineConfig, blueprint: Blueprint) -> list[str]:
 def _expert_text(cost: ExpertCost) -> str:
     row = f"{cost.ps_per_row / 1e6:.3g} us per row"
     return f"{_microseconds(cost.base_ns)} + the larger of {_microseconds(cost.per_expert_ns)} per expert and {row}"
+
+
+def _shared_text(cost: ExpertCost) -> str:
+    token = f"{cost.ps_per_row / 1e6:.3g} us per token"
+    return f"{_microseconds(cost.base_ns)} + the larger of {_microseconds(cost.per_expert_ns)} and {token}"
 
 
 def _link_text(link: LinkCost) -> str:

@@ -82,6 +82,7 @@ class ExpertCost:
 
 
 FREE = LinkCost(0, 0)
+NO_EXPERTS = ExpertCost(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class Constants:
     """The same between two machines: bytes of all their ranks together over the time of all."""
     planner_ns: int = 0
     """One balancing plan on the host."""
+    shared: ExpertCost = NO_EXPERTS
+    """The layer's shared experts, which are one expert here; nothing where there are none that plans may move."""
 
     def __post_init__(self) -> None:
         _check_constants(self)
@@ -129,11 +132,12 @@ class Constants:
 
     @classmethod
     def from_list(cls, values: Sequence[int]) -> Constants:
-        if len(values) != 16:
-            raise ValueError(f"constants has {len(values)} values, not 16; all ranks must run the same moeyard")
+        if len(values) != 19:
+            raise ValueError(f"constants has {len(values)} values, not 19; all ranks must run the same moeyard")
         small, all_gather, reduce_scatter, all_to_all = (LinkCost(*values[i : i + 2]) for i in range(0, 8, 2))
         near, far = LinkCost(*values[11:13]), LinkCost(*values[13:15])
-        return cls(small, all_gather, reduce_scatter, all_to_all, ExpertCost(*values[8:11]), near, far, values[15])
+        experts, shared = ExpertCost(*values[8:11]), ExpertCost(*values[16:19])
+        return cls(small, all_gather, reduce_scatter, all_to_all, experts, near, far, values[15], shared)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Constants:
@@ -282,7 +286,19 @@ def rates(
         hidden_ns=hidden_ns,
         guest_ns=c.experts.base_ns,  # a call of its own
         plan_ns=counts_ns + c.planner_ns,
+        **_shared_rates(c, index(row_bytes_back)),
     )
+
+
+def _shared_rates(c: Constants, hidden_bytes: int) -> dict[str, int]:
+    """The part of `Rates` about shared experts, whose tokens travel both ways as hidden vectors."""
+    if not c.shared.ps_per_row:
+        return {}
+    return {
+        "shared_ps": c.shared.ps_per_row,
+        "shared_wire_ps": _ceil_div(2 * hidden_bytes * c.all_to_all.fs_per_byte, FS // PS),
+        "shared_ns": c.shared.base_ns + c.shared.per_expert_ns + 2 * c.all_to_all.alpha_ns,
+    }
 
 
 def balancing_can_pay(rates: Rates, rows: int, ranks: int) -> bool:

@@ -31,7 +31,13 @@ def layer_of(gate, rows):
     home_E = np.arange(EXPERTS) // 2
     number_PE = np.where(home_E == np.arange(RANKS)[:, None], np.arange(EXPERTS) % 2, -1)
     return SimpleNamespace(
-        cutter=Cutter(pool, gate), index=0, number_PE=number_PE, home_E=home_E, holders_digest=0, update=lambda: None
+        cutter=Cutter(pool, gate),
+        index=0,
+        number_PE=number_PE,
+        home_E=home_E,
+        holders_digest=0,
+        tokens_P=(),
+        update=lambda: None,
     )
 
 

@@ -16,7 +16,7 @@ from moeyard.scheduler.cost import Constants, ExpertCost, LinkCost, RankConstant
 
 KEY = {"cpu": "a CPU", "threads": 2, "dtype": "bfloat16", "hidden": 64, "gate": True}
 VALUES = RankConstants(ExpertCost(1_000, 200, 30), 64, LinkCost(10, 20))
-GROUP = Constants.from_list(range(16))
+GROUP = Constants.from_list(range(19))
 SAMPLES = {"experts": [[1, 16, 5_000], [4, 64, 9_000]], "to_host": []}
 
 

@@ -101,10 +101,10 @@ def test_numpy_integers_do_not_overflow():
 
 def test_constants_travel_as_plain_integers():
     values = CONSTANTS.to_list()
-    assert len(values) == 16 and all(type(value) is int for value in values)
+    assert len(values) == 19 and all(type(value) is int for value in values)
     assert Constants.from_list(values) == CONSTANTS
     assert Constants.from_list(np.array(values)) == CONSTANTS
-    with pytest.raises(ValueError, match="15 values, not 16"):
+    with pytest.raises(ValueError, match="18 values, not 19"):
         Constants.from_list(values[:-1])
 
 
@@ -255,6 +255,15 @@ def test_rates_worked_by_hand():
         guest_ns=5_000,
         plan_ns=counts_ns + 150_000,
     )
+
+
+def test_rates_of_shared_experts_worked_by_hand():
+    """Hidden vectors of 600 bytes travel both ways at 100 ps; moving any costs two exchanges and a call."""
+    with_shared = replace(MOVES, shared=ExpertCost(3_000, 400, 70_000))
+    made = rates(with_shared, **ROUTER, ranks=2, beside=True)
+    shared = {"shared_ps": 70_000, "shared_wire_ps": 120_000, "shared_ns": 3_400 + 2 * 20_000}
+    assert made == replace(rates(MOVES, **ROUTER, ranks=2, beside=True), **shared)
+    assert Constants.from_list(with_shared.to_list()) == with_shared == Constants.from_dict(asdict(with_shared))
 
 
 def test_where_exchanges_compute_with_the_cores_a_row_takes_both():

@@ -13,7 +13,7 @@ from moeyard.engine import constants, measure
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.loader import draw, load
 from moeyard.engine.measure import pair_classes, rank_constants, time_experts
-from moeyard.scheduler.cost import Constants
+from moeyard.scheduler.cost import NO_EXPERTS, Constants
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_rank_measures_once(layer, monkeypatch):
 
 def test_ranks_agree_on_the_worst(layer):
     def slower(values):
-        return [2 * value for value in values] if len(values) == 16 else values
+        return [2 * value for value in values] if len(values) == 19 else values
 
     alone, group = FakeGroup(), FakeGroup(slower)
     sent = group.sent_bytes
@@ -185,7 +185,51 @@ def test_the_planner_is_timed_once_it_is_given(layer):
 
 
 def test_constants_of_another_rank_are_checked(layer):
-    group = FakeGroup(lambda values: values[:-1] if len(values) == 16 else values)
-    with pytest.raises(ValueError, match="15 values, not 16"):
+    group = FakeGroup(lambda values: values[:-1] if len(values) == 19 else values)
+    with pytest.raises(ValueError, match="18 values, not 19"):
         measure.measure(group, layer)
-    assert replace(Constants.from_list(range(16)), planner_ns=0).far.alpha_ns == 13
+    assert replace(Constants.from_list(range(19)), planner_ns=0).far.alpha_ns == 13
+
+
+# Shared experts
+
+
+class Shared:
+    """What `overlap.Overlap` knows of shared experts."""
+
+    def __init__(self, weights=640, enabled=True, row=(48, torch.float32)):
+        self.weights, self.enabled, self.row, self.calls = weights, enabled, row, []
+
+    def compute(self, x_1TD):
+        self.calls.append(tuple(x_1TD.shape))
+        return x_1TD * 2
+
+
+def with_shared(layer, **changes):
+    it = copy.copy(layer)
+    it.overlap = Shared(**changes)
+    return it
+
+
+def test_shared_experts_are_measured_with_the_layers_own(layer):
+    one = with_shared(layer)
+    agreed = measure.measure(FakeGroup(), one)
+    assert agreed.shared.ps_per_row + agreed.shared.base_ns + agreed.shared.per_expert_ns > 0
+    assert set(one.overlap.calls) == {(1, tokens, 48) for tokens in (1, 16, 64)}
+    (record,) = constants.find("group")
+    assert record.key["shared"] == 640 and {row[0] for row in record.samples["shared"]} == {1}
+    one.overlap.calls.clear()
+    assert measure.measure(FakeGroup(), one) == agreed and not one.overlap.calls
+    other = with_shared(layer, weights=1280)  # the same routed experts beside other shared ones
+    measure.measure(FakeGroup(), other)
+    assert other.overlap.calls and len(constants.find("group")) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"enabled": False}, {"row": (24, torch.float32)}, {"row": (48, torch.bfloat16)}, {"row": None}]
+)
+def test_shared_experts_that_cannot_be_computed_elsewhere_are_not(layer, changes):
+    one = with_shared(layer, **changes)
+    assert measure.measure(FakeGroup(), one).shared == NO_EXPERTS and not one.overlap.calls
+    assert not measure.movable(one) and not measure.movable(layer) and measure.movable(with_shared(layer))
+    assert constants.find("group")[0].key["shared"] == 0

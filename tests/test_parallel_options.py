@@ -293,7 +293,7 @@ def test_auto_goes_by_the_times(chosen, wanted, name):
 
 
 def test_all_ranks_hold_the_same_measured_times(chosen):
-    assert chosen[0]["measured"] == chosen[1]["measured"] and len(chosen[0]["measured"]) == 16
+    assert chosen[0]["measured"] == chosen[1]["measured"] and len(chosen[0]["measured"]) == 19
 
 
 def test_ranks_with_other_tables_stop_by_name(chosen):
