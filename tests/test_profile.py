@@ -162,3 +162,14 @@ def test_a_model_without_experts_is_refused(tmp_path, capsys, monkeypatch):
 def test_layers_of_one_shape_are_measured_once(model):
     blueprint = draw(EngineConfig(model=model, device="cpu"), Path(model))
     assert len(blueprint.spec.experts) == 3 and len(profile._shapes(blueprint)) == 1
+
+
+def test_shared_experts_are_shown_where_plans_may_move_them(home):
+    key = {"ranks": 2, "machines": "2"}
+    for shared, text in (
+        ([3_000, 40_000, 70_000], "3 us + the larger of 40 us and 0.07 us per token"),
+        ([0] * 3, None),
+    ):
+        values = Constants.from_list([*range(16), *shared])
+        record = constants.save("group", key | {"shared": shared[0]}, values, {})
+        assert dict(profile.facts(record)).get("shared experts") == text
