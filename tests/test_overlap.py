@@ -31,10 +31,27 @@ class Block(nn.Module):
             self.overlap.run()
         return x.flatten().view_as(x) * 2
 
-    def forward(self, x, scale=1.0):
-        if self.kind == "before":
+    def first(self, x, shared):
+        """The rest of a block that has called its shared experts first."""
+        if self.kind == "before, and used early":
+            shared = shared.view(-1, 4)
+        if self.kind == "before, in a list":
+            shared = torch.cat([shared[:0], shared])
+        if self.kind == "before, twice":
             shared = self.shared_experts(x)
-            return self.route(x) + shared
+        if self.kind == "before, input changed":
+            x += 1
+        if self.kind == "before and not routed":
+            return x * 2 + shared
+        routed = self.route(x)
+        if self.kind == "before and after":
+            shared = self.shared_experts(x)
+        return routed + shared
+
+    def forward(self, x, scale=1.0):
+        if self.kind.startswith("before"):
+            shared = self.shared_experts(x.flatten(0, 0) if self.kind == "before" else x)
+            return self.first(x, shared)
         routed = self.route(x)
         if self.kind == "scaled input":
             return routed + self.shared_experts(x * scale)
@@ -67,7 +84,13 @@ def watched(kind, calls=2, scale=3.0):
     [
         ("after", True),
         ("a copy", True),
-        ("before", False),
+        ("before", True),
+        ("before, and used early", False),
+        ("before, in a list", False),
+        ("before, input changed", False),
+        ("before, twice", False),
+        ("before and after", False),
+        ("before and not routed", False),
         ("scaled input", False),
         ("part of the input", False),
         ("twice", False),
@@ -146,7 +169,7 @@ def test_which_child_is_found(name):
     assert (find_overlap(model, "block.experts") is not None) == (name != "others")
 
 
-EARLY = {"deepseek_v3": True, "glm4_moe": True, "dots1": True, "qwen2_moe": False, "ernie4_5_moe": False}
+EARLY = {"deepseek_v3": True, "glm4_moe": True, "dots1": True, "qwen2_moe": True, "ernie4_5_moe": True}
 
 
 def one_after_the_other(group, paths, texts, new_tokens):
@@ -172,3 +195,13 @@ def test_which_models_run_their_shared_experts_early(tmp_path):
     for architecture, path, (early, steps, layers, out) in zip(EARLY, paths, facts, strict=True):
         assert early == [steps if EARLY[architecture] else 0] * layers, architecture
         assert out == reference(path, texts, 6), architecture
+
+
+@torch.inference_mode()
+def test_a_block_that_no_longer_routes_is_an_error():
+    """It would have nothing in the place of what it called first."""
+    block, _ = watched("before")
+    assert block.overlap.deferred
+    block.kind = "before and not routed"
+    with pytest.raises(AssertionError, match="a routing that did not come"):
+        block(torch.randn(3, 4))

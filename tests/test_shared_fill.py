@@ -29,15 +29,21 @@ ENGINES = dataclasses.replace(RATES, near_alpha_ns=10**9, plan_ns=10_000)
 
 
 class Block(nn.Module):
-    """Routed experts and shared ones beside them, as models have them: the input has three dimensions."""
+    """Routed experts and shared ones beside them, called after those or `first`, as models have them: their input has
+    three dimensions, or two.
+    """
 
-    def __init__(self, layer):
+    def __init__(self, layer, first):
         super().__init__()
         self.layer = layer
+        self.first = first
         torch.manual_seed(3)
         self.shared_experts = nn.Sequential(nn.Linear(HIDDEN, 20), nn.SiLU(), nn.Linear(20, HIDDEN))
 
     def forward(self, x_1TD, ids, mix):
+        if self.first:
+            shared_TD = self.shared_experts(x_1TD[0])
+            return (self.layer(x_1TD[0], ids, mix) + shared_TD)[None]
         routed = self.layer(x_1TD[0], ids, mix)
         return routed[None] + self.shared_experts(x_1TD)
 
@@ -61,21 +67,22 @@ PLANNERS = {
 }
 
 
-def shared_moves(group):
+def shared_moves(group, first):
     """For each planner what was wrong, tokens moved, and those that this rank's shared experts computed."""
     set_threads(1)
     table = placement.linear(EXPERTS, group.size)
     layer = layer_of(table.slots_PS[group.position], bias=False)
-    block = Block(layer)
+    block = Block(layer, first)
     room = GuestRoom(EXPERTS * layer.cutter.nbytes(), layer.cutter, group.device)
     layer.slot_E = torch.zeros(EXPERTS, dtype=torch.long)
     layer.overlap = Overlap(block, block.shared_experts)
     x, ids, mix = inputs(4, seed=9)
     block(x[None], ids, mix)
     layer.overlap.settle()
-    assert layer.overlap.enabled and layer.overlap.row == (HIDDEN, torch.float32)
+    assert layer.overlap.enabled and layer.overlap.deferred == first
+    assert layer.overlap.row == (HIDDEN, torch.float32)
     plain, computed = layer.overlap._original, []
-    layer.overlap._original = lambda x_1TD: computed.append(x_1TD.shape[1]) or plain(x_1TD)
+    layer.overlap._original = lambda x: computed.append(x.numel() // HIDDEN) or plain(x)
     wrong, facts = [], {}
     for tokens, degree in (("even", 0), ("uneven", 0), ("uneven", 2), ("one busy", 0)):
         tokens_P = TOKENS[tokens][: group.size]
@@ -109,9 +116,9 @@ def shared_moves(group):
     return wrong, facts
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_moves_of_shared_tokens(size):
-    results = world.run_world(size, shared_moves)
+@pytest.mark.parametrize(("size", "first"), [(2, False), (3, True)])
+def test_moves_of_shared_tokens(size, first):
+    results = world.run_world(size, shared_moves, first)
     for case in results[0][1]:
         name, tokens, _ = case
         tokens_P = TOKENS[tokens][:size]
@@ -133,8 +140,8 @@ def test_moves_of_shared_tokens(size):
 
 # Engines
 
-MODELS = {"deepseek_v3": True, "glm4_moe": True, "qwen2_moe": False}
-"""Whether they run their shared experts beside the routed ones, so that others can compute them."""
+MODELS = {"deepseek_v3": True, "qwen2_moe": True, "qwen3_moe": False}
+"""Whether they have shared experts. Those of Qwen2-MoE are called first, and go through a gate of each token."""
 SIZE, NEW_TOKENS = 2, 6
 
 
