@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from balance_problems import problem_of, problems, same
+from balance_problems import RATES, problem_of, problems, same, zipf_loads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,6 +165,18 @@ def test_guests_that_come_late_leave_time_for_shared_tokens() -> None:
     made = plan(problem)
     assert made.transfers and moved(made) == [(0, 1, 100)]
     assert price(problem, made) == 660 and price(problem, replace(made, shared=())) == 860
+
+
+@pytest.mark.parametrize("loads", [zipf_loads(64, 8 * 4096 * 4), [2048] * 64])
+def test_close_to_the_bound_where_tokens_are_uneven(loads: list[int]) -> None:
+    """Rows move by weights, as far as that is worth it, and shared tokens level the rest."""
+    rates = replace(RATES, shared_ps=2 * RATES.row_ps, shared_wire_ps=RATES.row_ps // 4, shared_ns=20_000)
+    tokens_P = np.array([20_000, 6_000, 3_000, 2_000, 1_000, 700, 68, 0])
+    problem = replace(problem_of(loads, 8, rates=rates), tokens_P=tokens_P)
+    made, without = plan(problem), plan(replace(problem, rates=replace(rates, shared_wire_ps=rates.shared_ps)))
+    check(problem, made)
+    assert made.shared and not without.shared
+    assert made.modelled_ns <= 1.15 * bound(problem) < without.modelled_ns
 
 
 def test_rows_that_do_not_fit_are_not_sent() -> None:
