@@ -33,8 +33,8 @@ class Way(Protocol):
 
 
 class Balancing(Protocol):
-    """Makes balancing plans, the same on every rank; `digest` stands for the last one. `gap_us`, how long weights that set
-    out before the counts could travel here, goes with the counts.
+    """Makes balancing plans, the same on every rank; `digest` stands for the last one. `gap_us`, how long weights that
+    set out before the counts could travel here, goes with the counts.
     """
 
     @property

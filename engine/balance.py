@@ -41,8 +41,7 @@ class BalanceFigures:
 
     `guest_hits` counts experts of planned layers that were computed by a guest kept from an earlier step, and `tables`
     those published for the steps that make no plans of their own. `early` counts the layers whose weights set out
-    before their counts were known. `shared_rows` counts tokens whose shared experts
-    another rank computed.
+    before their counts were known, `shared_rows` tokens whose shared experts another rank computed.
     """
 
     layers: int = 0

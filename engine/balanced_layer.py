@@ -136,6 +136,7 @@ class BalancedLayer:
         """The layer before has ended, in a step of so many tokens: starts transfers, if any start before the counts."""
         if self._early is not None:
             assert self._newcomers is None, f"layer {self.index} did not run after its weights had set out"
+            self.tokens_P = tokens_P if self.tokens_P else ()  # shared experts move in all of its steps, or in none
             plan = self._early.begin(tokens_P)
             if plan is not None:
                 self._newcomers = self._start(plan)
