@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from ..scheduler.cost import DEGREES
+from ..scheduler.row_budget import LEAST_PARTS as EIGHTHS
+from ..scheduler.row_budget import RowBudget
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable
 from .dispatch import Arrived, Chunk, PlanMismatch
@@ -20,8 +22,8 @@ from .rank_dispatch import RankDispatcher
 from .routing import Routing
 from .row_format import RowFormat
 
-EIGHTHS = 8
-"""Counts are exchanged for eighths of each rank's tokens: any degree of 1, 2, 4 or 8 chunks is made of those."""
+# Counts are exchanged for eighths of each rank's tokens: any degree of 1, 2, 4 or 8 chunks is made of those. Where
+# memory is short there are more parts.
 
 
 class Way(Protocol):
@@ -55,6 +57,7 @@ class AllToAllDispatcher(RankDispatcher):
     tokens elsewhere costs another exchange of rows.
 
     `choose_degree(rows_PP, pairs_PE)` gives the degree where the step's plan leaves it open; the same on every rank.
+    `budget()` says what fits into the ranks' memory: where a rank would get more, the layer runs in more chunks.
     """
 
     def __init__(
@@ -64,25 +67,31 @@ class AllToAllDispatcher(RankDispatcher):
         choose_degree: Callable[[torch.Tensor, torch.Tensor], int] | None = None,
         balance: Balancing | None = None,
         lookups: Lookups | None = None,
+        budget: Callable[[], RowBudget | None] = lambda: None,
     ):
         super().__init__(group, table, lookups)
         self._choose_degree = choose_degree
         self._balance = balance
+        self._budget = budget
 
     def cut(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, plan: StepPlan) -> list[Any]:
         group, experts = self.group, self.table.experts
         balance = self._balance if plan.balanced else None
+        budget = self._budget()
+        if budget is not None and budget.surely_fits(sum(plan.tokens_P)):
+            budget = None
+        parts = EIGHTHS if budget is None else budget.parts(max(plan.tokens_P))
         with group.progress.span("plan"):
             # A plan is made for this step alone, and is native where it would do nothing.
             lookup = self.lookups.homes if plan.balanced else self.lookups.current
             rank_TK, slot_TK = lookup.find(ids_TK, group.position)
             routing = Routing(ids_TK=ids_TK, rank_TK=rank_TK, slot_TK=slot_TK)
             need_TP = routing.need(group.size)
-            bounds = [x_TD.shape[0] * i // EIGHTHS for i in range(EIGHTHS + 1)]
+            bounds = [x_TD.shape[0] * i // parts for i in range(parts + 1)]
             pairs_E = torch.zeros(experts + 1, dtype=torch.int32, device=ids_TK.device)
             flat = ids_TK.reshape(-1)
             pairs_E.scatter_add_(0, flat + 1, torch.ones_like(flat, dtype=torch.int32))
-            mine = torch.cat([pairs_E[1:], _rows(need_TP, bounds)]).cpu()
+            mine = torch.cat([pairs_E[1:], _by_part(routing, need_TP, bounds, budget is not None)]).cpu()
             gap = torch.tensor([balance.gap_us if balance is not None else 0], dtype=torch.int32)
         counts = self._exchange(torch.cat([mine, gap]), plan)
         with group.progress.span("plan"):
@@ -92,16 +101,18 @@ class AllToAllDispatcher(RankDispatcher):
                 routing = way.route(ids_TK)
                 need_TP = routing.need(group.size)
         if way is not None:
-            rows = self._exchange(_rows(need_TP, bounds).cpu(), plan)
+            rows = self._exchange(_by_part(routing, need_TP, bounds, budget is not None).cpu(), plan)
         with group.progress.span("plan"):
-            rows_PCP = rows.reshape(group.size, EIGHTHS, group.size)
+            rows_PCP, *more = rows.reshape(group.size, -1, parts, group.size).unbind(1)
             rows_PP = rows_PCP.sum(1)
             degree = plan.degree
             if not degree:
                 degree = 1 if self._choose_degree is None else self._choose_degree(rows_PP, pairs_PE)
             if way is not None:
                 degree = next((d for d in DEGREES if d >= max(degree, way.chunks)), DEGREES[-1])
-            per = EIGHTHS // degree
+            if budget is not None:
+                degree = max(degree, budget.least_degree(rows_PCP.numpy(), more[0].numpy()))
+            per = parts // degree
             splits_PCP = rows_PCP.reshape(group.size, degree, per, group.size).sum(2)
             elsewhere = int(rows_PP[group.position].sum() - rows_PP[group.position, group.position])
             self.sent_rows += elsewhere
@@ -136,10 +147,15 @@ class AllToAllDispatcher(RankDispatcher):
         return counts[:, :-1]
 
 
-def _rows(need_TP: torch.Tensor, bounds: list[int]) -> torch.Tensor:
-    """The rows to each rank from each part of the tokens between two bounds, flat."""
-    sums_TP = need_TP.to(torch.int32).cumsum(0, dtype=torch.int32)
-    ends_P = torch.cat([sums_TP.new_zeros(1, need_TP.shape[1]), sums_TP])[bounds]
+def _by_part(routing: Routing, need_TP: torch.Tensor, bounds: list[int], with_pairs: bool) -> torch.Tensor:
+    """The rows to each rank from each part of the tokens between two bounds, flat; then those rows' pairs, if asked."""
+    counts = _sums(need_TP, bounds)
+    return torch.cat([counts, _sums(routing.pairs(need_TP.shape[1]), bounds)]) if with_pairs else counts
+
+
+def _sums(counts_TP: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    sums_TP = counts_TP.to(torch.int32).cumsum(0, dtype=torch.int32)
+    ends_P = torch.cat([sums_TP.new_zeros(1, counts_TP.shape[1]), sums_TP])[bounds]
     return ends_P.diff(dim=0).flatten()
 
 

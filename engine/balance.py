@@ -95,7 +95,6 @@ class Balancer:
         room: GuestRoom,
         *,
         node_P: Sequence[int],
-        most_rows: int = UNLIMITED_ROWS,
         rates: Rates = NO_RATES,
         figures: BalanceFigures | None = None,
         keep: bool = True,
@@ -113,7 +112,8 @@ class Balancer:
         self._planner = planner
         self._keep = keep
         self._node_P = np.array(node_P, dtype=np.int64)
-        self._most_rows_P = np.full(group.size, most_rows, dtype=np.int64)
+        self.most_rows_P: Integers = np.full(group.size, UNLIMITED_ROWS, dtype=np.int64)
+        """Rows that each rank has the memory for at once; more are computed in chunks."""
         self.rates = rates
 
     @property
@@ -180,7 +180,7 @@ class Balancer:
             node_P=self._node_P,
             expert_bytes=expert_bytes,
             room_P=np.array([self.leases.room(layer.index, p) for p in range(self.group.size)]) * expert_bytes,
-            most_rows_P=self._most_rows_P,
+            most_rows_P=self.most_rows_P,
             rates=self._rates,
             most_parts=layer.cutter.most_parts,
             tokens_P=np.array(layer.tokens_P, dtype=np.int64),

@@ -108,6 +108,10 @@ class Engine:
         free = free_memory(self.device) / (sharing if self.device.type == "cpu" else 1) - activations
         num_blocks = kv_blocks(config, self.device, blueprint.footprint.kv_per_token, self.max_model_len, free)
         self._use_cache(num_blocks, blueprint.dtype)
+        self._free = free - self._cache.nbytes
+        if self._parallel is not None:
+            self._parallel.share_memory(self._free)
+        self._sharing = sharing
         self._pool = BlockPool(num_blocks, config.block_size, config.prefix_cache)
         self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_batched_tokens)
         self._eos_ids = _eos_ids(path, blueprint.model.config)
@@ -177,6 +181,8 @@ class Engine:
         assert self._parallel is not None
         check_alike(group, self._fingerprint, self.config, START_TIMEOUT_S)
         self._join(group)
+        sharing = self._sharing if self.device.type == "cpu" else 1
+        self._parallel.share_memory(min(self._free, free_memory(self.device) / sharing))  # a lost rank's experts came
         return self._parallel.tables
 
     def take_reports(self) -> list[Any]:

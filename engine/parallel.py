@@ -23,6 +23,7 @@ from .. import __version__
 from ..scheduler import cost, placement
 from ..scheduler.balance.baselines import PLANNERS, UNCAPPED, Planner
 from ..scheduler.cost import DEGREES, DISPATCHERS, choose_step
+from ..scheduler.row_budget import RowBudget
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import EMPTY, ExpertTable
 from .balance import BalanceFigures, Balancer
@@ -250,6 +251,9 @@ class Parallel:
             allowed=allowed,
             degrees=DEGREES if forced is None else (forced,),
         )
+        budget = self._context.budget
+        if best.dispatcher == "all_gather" and budget is not None:  # all-to-all sees to it by its exact counts
+            best = dataclasses.replace(best, degree=max(best.degree, budget.least_even_degree(tokens_P)))
         open_degree = forced is None and best.dispatcher == "all_to_all" and (best.degree > 1 or balanced)
         return choice(best.dispatcher, 0 if open_degree else best.degree, balanced)
 
@@ -340,6 +344,31 @@ class Parallel:
             self._context.balancer.tables = DecodeTables(self._context.balancer, self._top_k)
         self._digest_tables()
         self.awake = True
+
+    def share_memory(self, free: float) -> None:
+        """Tells the ranks how many bytes this one has left when weights and KV cache are there; every rank calls it.
+
+        Half of that is for what a layer receives from the others: skew can slow a step down, but not take more. Raises
+        ValueError when the largest steps could need more however they are cut.
+        """
+        if self.group.size == 1:
+            return
+        pool = self._layers[0].pool
+        hidden, width = pool.down_SDI.shape[1:]
+        bytes_P = tuple(row[0] for row in self.group.all_gather_ints([int(free / 2)]))
+        budget = RowBudget(
+            bytes_P=bytes_P,
+            # Each of two chunks on the way, and of their sums.
+            row_bytes=2 * (self._row_bytes + self._row_bytes_back) + 16 * self._top_k,
+            # Gathered, its intermediate vectors, its output; and where it is in the order of experts.
+            pair_bytes=(2 * hidden + pool.up_SND.shape[1] + width) * pool.down_SDI.element_size() + 32,
+            most_pairs=self._top_k,
+        )
+        budget.parts(self._config.max_batched_tokens)
+        self._context.budget = budget
+        if self._context.balancer is not None:
+            self._context.balancer.most_rows_P = budget.most_pairs_P
+        self._choices.clear()
 
     def measure(self) -> None:
         """Measures the group's exchanges and the experts; every rank calls it at the same time."""

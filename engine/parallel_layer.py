@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..scheduler.cost import Constants, choose_degree
+from ..scheduler.row_budget import RowBudget
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable
 from .all_gather import AllGatherDispatcher
@@ -35,6 +36,8 @@ class StepContext:
     plan: StepPlan
     constants: Constants | None = None
     balancer: Balancer | None = None
+    budget: RowBudget | None = None
+    """What the ranks' memory has room for; None: before that is known."""
 
 
 class ParallelLayer:
@@ -56,7 +59,9 @@ class ParallelLayer:
         )
         self.dispatchers: dict[str, RankDispatcher] = {
             "all_gather": AllGatherDispatcher(context.group, table, lookups),
-            "all_to_all": AllToAllDispatcher(context.group, table, self._choose_degree, self._balance, lookups),
+            "all_to_all": AllToAllDispatcher(
+                context.group, table, self._choose_degree, self._balance, lookups, lambda: context.budget
+            ),
         }
         self._row_bytes = (0, 0)
 

@@ -43,6 +43,18 @@ class Routing:
             need_TP[token_R[row_R], group_rank_R] = True
         return need_TP
 
+    def pairs(self, ranks: int) -> torch.Tensor:
+        """[T, P]: how many of a token's experts, or parts of them, a rank computes."""
+        rank_TK = self.rank_TK
+        pairs_TP = torch.zeros(rank_TK.shape[0], ranks + 1, dtype=torch.int32, device=rank_TK.device)
+        pairs_TP.scatter_add_(1, rank_TK.clamp_min(-1) + 1, torch.ones_like(rank_TK, dtype=torch.int32))
+        pairs_TP = pairs_TP[:, 1:]
+        if self.part_slot_PE is not None:
+            token_R, choice_R = (rank_TK == SLICED).nonzero(as_tuple=True)
+            member_EP = (self.part_slot_PE >= 0).t().to(torch.int32)
+            pairs_TP = pairs_TP.contiguous().index_add_(0, token_R, member_EP[self.ids_TK[token_R, choice_R]])
+        return pairs_TP
+
     def slots(self, token_R: torch.Tensor, to_R: torch.Tensor) -> torch.Tensor:
         """[R, K]: the slots at rank `to_R[r]` of token `token_R[r]`'s choices, -1 for what others compute."""
         there = self.rank_TK[token_R] == to_R[:, None]

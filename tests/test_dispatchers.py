@@ -14,6 +14,7 @@ from moeyard.engine.dispatch import LocalDispatcher, PlanMismatch
 from moeyard.engine.row_format import RowFormat
 from moeyard.scheduler import placement
 from moeyard.scheduler.assignment import nearest_homes
+from moeyard.scheduler.row_budget import RowBudget
 from moeyard.scheduler.step_plan import StepPlan
 from moeyard.scheduler.table import ExpertTable
 
@@ -137,6 +138,38 @@ def every_combination(group):
             wrong.append((*case, "more rows than needed"))
         cases += 1
     return wrong, cases
+
+
+def with_little_memory(group):
+    """Chunks, and the rows and bytes of the largest one that came here, for budgets from much to hardly any."""
+    matrices = torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1)) / HIDDEN**0.5
+    table = table_of("linear", group.size)
+    said = []
+    for room in (10**6, 40, 20, 6, 1):
+        budget = RowBudget(bytes_P=(room * 16,) * group.size, row_bytes=10, pair_bytes=2, most_pairs=CHOICES)
+        tokens_P = (64, 40, 9)[: group.size]
+        x, ids, weights = inputs(tokens_P[group.position], "one expert", seed=group.position)
+        plan = StepPlan(step=1, tokens_P=tokens_P, dispatcher="all_to_all", degree=1, table_digest=3)
+        dispatcher = AllToAllDispatcher(group, table, budget=lambda budget=budget: budget)
+        if room == 1:
+            with pytest.raises(ValueError, match="max_batched_tokens"):
+                dispatcher.cut(x, ids, weights, plan)
+            continue
+        chunks = dispatcher.cut(x, ids, weights, plan)
+        most = max(sum(chunk._receives) for chunk in chunks)
+        out, count = in_chunks(dispatcher, x, ids, weights, plan, table.slots_PS[group.position], matrices)
+        right = torch.allclose(out, wanted(x, ids, weights, matrices), rtol=1e-5, atol=1e-5)
+        said.append((count, most, most * (10 + 2) <= room * 16, right))
+    return said
+
+
+def test_a_rank_that_gets_every_token_takes_as_many_at_once_as_it_has_memory_for():
+    ranks = world.run_world(3, with_little_memory)
+    assert all(fits and right for said in ranks for _, _, fits, right in said)
+    counts = [[count for count, *_ in said] for said in ranks]
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0][0] == 1 and counts[0] == sorted(counts[0]) and counts[0][-1] > 8
+    assert any(most for said in ranks for _, most, _, _ in said)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

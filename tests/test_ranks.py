@@ -75,12 +75,15 @@ def facts_of(engine):
     }
 
 
-def run_ranks(group, path, by_rank, new_tokens, options, orders=(), loads=None):
+def run_ranks(group, path, by_rank, new_tokens, options, orders=(), loads=None, room_for_rows=None):
     """Each rank runs its own prompts; its answers and what is known of how they were made.
 
     `orders[position]` are (own step, version, tables): asked for before that step.
     """
     engine = make_engine(group, path, loads, **options)
+    if room_for_rows is not None:
+        row = engine._parallel._context.budget
+        engine._parallel.share_memory(2 * room_for_rows * (row.row_bytes + row.most_pairs * row.pair_bytes))
     mine = by_rank[group.position]
     out = submit(engine, mine, new_tokens)
     reports, history = [], []
@@ -201,6 +204,16 @@ def test_long_prompts_in_parts_beside_many_short_ones_and_a_rank_without_any(che
     assert sum(plan.tokens_P[0] for plan in plans) == sum(map(len, long)) + 9 * len(long)
     idle = results[1][1]
     assert idle["stats"].steps == 0 and idle["phases"]["experts"] > 0
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_with_little_memory_layers_run_in_more_chunks(checkpoints, worlds, dispatcher):
+    path = checkpoints("qwen3_moe")
+    by_rank = shared_out(prompts(131, 5, longest=60, seed=4), 3)
+    options = {"max_batched_tokens": 48, "max_num_seqs": 8, "dispatcher": dispatcher, "chunks": "1"}
+    results = worlds[3].run(run_ranks, path, by_rank, 5, options, (), None, 9)
+    check_tokens(path, by_rank, results, 5)
+    assert all(max(facts["degrees"]) >= 8 for _, facts in results)
 
 
 def table_lists(plan, experts=7, ranks=3, slots=4, layers=3):

@@ -42,7 +42,7 @@ def test_each_rank_gets_its_share(case):
             assert slot == (-1 if rank == SLICED else slot_EP[e, rank])
     assert (got == shares).all()
 
-    need_TP = routing.need(ranks)
+    need_TP, pairs_TP = routing.need(ranks), routing.pairs(ranks)
     for t in range(ids_TK.shape[0]):
         for p in range(ranks):
             wanted = [
@@ -50,6 +50,7 @@ def test_each_rank_gets_its_share(case):
                 for e, rank in zip(ids_TK[t].tolist(), routing.rank_TK[t].tolist(), strict=True)
             ]
             assert bool(need_TP[t, p]) == any(slot >= 0 for slot in wanted)
+            assert int(pairs_TP[t, p]) == sum(slot >= 0 for slot in wanted)
             assert routing.slots(torch.tensor([t]), torch.tensor([p]))[0].tolist() == wanted
 
 
