@@ -33,10 +33,15 @@ class Way(Protocol):
 
 
 class Balancing(Protocol):
-    """Makes balancing plans, the same on every rank; `digest` stands for the last one."""
+    """Makes balancing plans, the same on every rank; `digest` stands for the last one. `open` tells the others whether
+    late weights are still to come here, and `heard` is told whether to any rank.
+    """
 
     @property
     def digest(self) -> int: ...
+    @property
+    def open(self) -> bool: ...
+    def heard(self, anywhere: bool) -> None: ...
     def make(self, pairs_PE: torch.Tensor) -> Way | None:
         """The way by which tokens go instead of the table's, for the rows that each rank has for each expert."""
 
@@ -62,6 +67,8 @@ class AllToAllDispatcher(RankDispatcher):
         super().__init__(group, table, lookups)
         self._choose_degree = choose_degree
         self._balance = balance
+        self.routing: Routing | None = None
+        """Of the last tokens, if they went by a balancing plan."""
 
     def cut(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, plan: StepPlan) -> list[Any]:
         group, experts = self.group, self.table.experts
@@ -71,7 +78,7 @@ class AllToAllDispatcher(RankDispatcher):
             rank_TK, slot_TK = lookup.find(ids_TK, group.position)
             routing = Routing(ids_TK=ids_TK, rank_TK=rank_TK, slot_TK=slot_TK)
             need_TP = routing.need(group.size)
-            bounds = [x_TD.shape[0] * i // EIGHTHS for i in range(EIGHTHS + 1)]
+            bounds = _bounds(x_TD.shape[0])
             pairs_E = torch.zeros(experts + 1, dtype=torch.int32, device=ids_TK.device)
             flat = ids_TK.reshape(-1)
             pairs_E.scatter_add_(0, flat + 1, torch.ones_like(flat, dtype=torch.int32))
@@ -85,20 +92,51 @@ class AllToAllDispatcher(RankDispatcher):
                 need_TP = routing.need(group.size)
         if way is not None:
             rows = self._exchange(_rows(need_TP, bounds).cpu(), plan)
+        self.routing = routing if way is not None else None
         with group.progress.span("plan"):
-            rows_PCP = rows.reshape(group.size, EIGHTHS, group.size)
-            rows_PP = rows_PCP.sum(1)
+            rows_PP = rows.reshape(group.size, EIGHTHS, group.size).sum(1)
             degree = plan.degree
             if not degree:
                 degree = 1 if self._choose_degree is None else self._choose_degree(rows_PP, pairs_PE)
             if way is not None:
-                degree = next((d for d in DEGREES if d >= max(degree, way.chunks)), DEGREES[-1])
-            per = EIGHTHS // degree
-            splits_PCP = rows_PCP.reshape(group.size, degree, per, group.size).sum(2)
-            elsewhere = int(rows_PP[group.position].sum() - rows_PP[group.position, group.position])
-            self.sent_rows += elsewhere
-            self._least += elsewhere
-        form = RowFormat(x_TD.shape[1], ids_TK.shape[1], x_TD.dtype)
+                degree = max(degree, way.chunks)
+        return self._chunks(x_TD, weights_TK, routing, need_TP, rows, degree)
+
+    def again(
+        self,
+        x_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        routing: Routing,
+        plan: StepPlan,
+        chunks_for: Callable[[torch.Tensor], int],
+    ) -> list[Any]:
+        """More chunks of the same layer: what this routing names. `chunks_for` gives how many the rows that arrive at
+        each rank need.
+        """
+        with self.group.progress.span("plan"):
+            need_TP = routing.need(self.group.size)
+            mine = _rows(need_TP, _bounds(x_TD.shape[0])).cpu()
+        rows = self._exchange(mine, plan)
+        degree = chunks_for(rows.reshape(self.group.size, EIGHTHS, self.group.size).sum((0, 1)))
+        return self._chunks(x_TD, weights_TK, routing, need_TP, rows, degree)
+
+    def _chunks(
+        self,
+        x_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        routing: Routing,
+        need_TP: torch.Tensor,
+        rows: torch.Tensor,
+        least: int,
+    ) -> list[Any]:
+        group, bounds = self.group, _bounds(x_TD.shape[0])
+        degree = next((d for d in DEGREES if d >= least), DEGREES[-1])
+        per = EIGHTHS // degree
+        splits_PCP = rows.reshape(group.size, degree, per, group.size).sum(2)
+        elsewhere = int(splits_PCP[group.position].sum() - splits_PCP[group.position, :, group.position].sum())
+        self.sent_rows += elsewhere
+        self._least += elsewhere
+        form = RowFormat(x_TD.shape[1], routing.ids_TK.shape[1], x_TD.dtype)
         return [
             _AllToAllChunk(
                 group,
@@ -116,16 +154,25 @@ class AllToAllDispatcher(RankDispatcher):
         """[P, N] of all ranks' counts. Raises PlanMismatch when a rank holds another plan of the step, or made another
         of the layer before.
         """
-        group = self.group
-        digest = plan.digest ^ (self._balance.digest if self._balance is not None else 0)
-        counts = group.all_gather_counts(torch.cat([mine_N, torch.tensor([digest], dtype=torch.int32)]))
+        group, balance = self.group, self._balance
+        digest, waits = plan.digest, 0
+        if balance is not None:
+            digest, waits = digest ^ balance.digest, int(balance.open)
+        counts = group.all_gather_counts(torch.cat([mine_N, torch.tensor([waits, digest], dtype=torch.int32)]))
         if not bool((counts[:, -1] == digest).all()):
             odd = [group.members[p] for p in range(group.size) if int(counts[p, -1]) != digest]
             raise PlanMismatch(
                 f"rank {group.rank} and rank {', '.join(map(str, odd))} hold different plans for step"
                 f" {group.progress.step}; that is a defect, please report it"
             )
-        return counts[:, :-1]
+        if balance is not None:
+            balance.heard(bool(counts[:, -2].any()))
+        return counts[:, :-2]
+
+
+def _bounds(tokens: int) -> list[int]:
+    """Between eighths of the tokens."""
+    return [tokens * i // EIGHTHS for i in range(EIGHTHS + 1)]
 
 
 def _rows(need_TP: torch.Tensor, bounds: list[int]) -> torch.Tensor:

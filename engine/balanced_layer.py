@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from ..scheduler.assignment import nearest_homes
-from ..scheduler.balance.plan import Plan, Transfer
+from ..scheduler.balance.plan import Plan, Transfer, chunks_needed
 from ..scheduler.balance.problem import Integers, Problem
 from ..scheduler.balance.shares import own_shares
 from ..scheduler.table import ExpertTable
 from .balance import Balancer, places
 from .experts import ExpertPool
-from .guest_moves import GuestMoves, Newcomers, Numbers
+from .guest_moves import GuestMoves, Newcomers, Numbers, Ways
 from .guests import Cutter, Guest
 from .lookup import Lookups
-from .routing import Routing, by_shares
+from .routing import Routing, by_shares, instead
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class BalancedLayer:
         self._lookups = lookups
         self._moves: GuestMoves | None = None
         self._made: tuple[Problem, Plan, Newcomers] | None = None
+        self._late: tuple[Transfer, ...] = ()
         self._runs = 0
         self._wanted = False
         self.table_PEQ: Integers | None = None
@@ -84,7 +85,7 @@ class BalancedLayer:
 
     def _set(self, table: ExpertTable) -> None:
         self._slot_PE, self.home_E = places(table)
-        self.nearest_PE, _ = nearest_homes(table)
+        self.nearest_PE, self._nearest_slot_PE = nearest_homes(table)
         self._numbers = Numbers(table.slots, self._balancer.room.slots)
 
     def update(self) -> None:
@@ -121,6 +122,15 @@ class BalancedLayer:
         """Of the last plan, of whatever layer."""
         return self._balancer.last_digest
 
+    @property
+    def open(self) -> bool:
+        """Whether late weights are still on their way here."""
+        return self._balancer.open
+
+    def heard(self, anywhere: bool) -> None:
+        """Whether they are on any rank: in an exchange, so that all hear it at the same place."""
+        self._balancer.heard(anywhere)
+
     def make(self, pairs_PE: torch.Tensor) -> BalancedWay | None:
         """Plans for these counts and starts the weights' transfers; None when every expert stays at its home."""
         balancer = self._balancer
@@ -129,14 +139,17 @@ class BalancedLayer:
         newcomers = Newcomers.of(plan, problem.ranks, problem.experts, self.cutter, balancer.room)
         self._runs += 1
         wanted = any(newcomers.slots_P)
-        if wanted or self._wanted:
+        if (wanted or self._wanted) and not balancer.late:
             balancer.make_room(self, newcomers.slots_P)
-        self._wanted = wanted
+            self._wanted = wanted
         self._made = (problem, plan, newcomers)
         if plan.is_native and plan.chunks == 1:
             return None
-        if mine := [t for t in plan.transfers if here in (t.source, t.destination)]:
-            self._moves = GuestMoves(balancer.group, self.cutter, balancer.room, self._numbers, mine, self._pack)
+        if plan.transfers:
+            ways = Ways.of(problem, plan, self.cutter)
+            self._moves = GuestMoves(
+                balancer.group, self.cutter, balancer.room, self._numbers, ways, self._pack, balancer.patience
+            )
         return BalancedWay(problem, plan, *self._numbers.with_newcomers(self.number_PE, newcomers), here)
 
     def _pack(self, t: Transfer) -> torch.Tensor | None:
@@ -162,8 +175,8 @@ class BalancedLayer:
         return bool(self._kept) and (self._made is not None or self.table_PEQ is not None)
 
     def guests(self) -> dict[int, Guest]:
-        """This rank's guests by number: those kept, and those that come, which are waited for. What others wait for is
-        passed on.
+        """This rank's guests by number: those kept, and those that come, which are waited for as long as that pays.
+        What others wait for is passed on.
         """
         guests = {number: self.cutter.unpack(self._packed(number)) for number in self._kept}
         if self._moves is not None:
@@ -172,16 +185,55 @@ class BalancedLayer:
 
     @property
     def moving(self) -> bool:
-        """Whether weights are on their way from or to this rank."""
+        """Whether weights are on their way, from or to whatever rank."""
         return self._moves is not None
+
+    def missed(self, routing: Routing) -> Routing | None:
+        """What guests were to compute whose weights are late, at the nearest homes; None where all came in time. The
+        number of an expert there is that of its slot, or `slots` more for those of its parts that `late_parts` gives.
+        """
+        if self._moves is None or not (late := self._moves.late()):
+            return None
+        assert self._made is not None
+        self._late = tuple(self._made[1].transfers[i] for i in late)
+        self._balancer.is_late(self, self._moves, len(late))
+        here = self._balancer.group.position
+        whole_PE = np.zeros_like(self.number_PE, dtype=bool)
+        part_E = np.zeros(len(self.home_E), dtype=bool)
+        for t in self._late:
+            if t.parts == 1:
+                whole_PE[t.destination, t.expert] = True
+            else:
+                part_E[t.expert] = True
+        slot_E = self._nearest_slot_PE[here]
+        return instead(routing, whole_PE, part_E, self.nearest_PE[here], slot_E, slot_E + self._numbers.table_slots)
+
+    def chunks_for(self, rows_P: torch.Tensor) -> int:
+        """In how many chunks the ranks have memory for so many rows that arrive."""
+        assert self._made is not None
+        return chunks_needed(self._made[0], rows_P.numpy())
+
+    def late_parts(self) -> list[tuple[int, Guest]]:
+        """The parts that came late anywhere, of experts that are here too, and the numbers of those experts."""
+        slot_E = self._slot_PE[self._balancer.group.position]
+        return [
+            (int(slot_E[t.expert]) + self._numbers.table_slots, self._part(int(slot_E[t.expert]), t))
+            for t in self._late
+            if t.parts > 1 and slot_E[t.expert] >= 0
+        ]
+
+    def _part(self, slot: int, t: Transfer) -> Guest:
+        return self.cutter.unpack(self.cutter.pack(slot, t.part, t.parts), t.part, t.parts)
 
     def finish(self) -> None:
         """The end of the layer: what left this rank is not needed any more; what came may stay."""
-        if self._moves is not None:
+        if self._moves is not None and not self._late:
             self._moves.finish()
-            self._moves = None
+        self._moves = None
         if self._made is not None:
             problem, plan, newcomers = self._made
-            self._made = None
-            if newcomers.whole or self._balancer.leases.held(self.index):
-                self._balancer.record(self, problem, plan, newcomers.whole, self._runs)
+            # Late weights are still to come into the room: nothing else may lie there, and nobody stays in it.
+            whole = () if self._late else newcomers.whole
+            self._made, self._late = None, ()
+            if whole or self._balancer.leases.held(self.index):
+                self._balancer.record(self, problem, plan, whole, self._runs)

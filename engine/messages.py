@@ -315,6 +315,7 @@ class Stats:
     balance_guests_kept: int = 0
     balance_guests_evicted: int = 0
     balance_tables: int = 0
+    balance_late: int = 0
     attention_ns: int = 0
     plan_ns: int = 0
     dispatch_ns: int = 0

@@ -97,6 +97,7 @@ _BALANCE = (
     ("guests_kept", "guests_kept", "Moved experts that stayed as guests for later steps.", 1.0),
     ("guests_evicted", "guests_evicted", "Guests that left again.", 1.0),
     ("tables", "tables", "Tables made of a window's counts for steps without plans.", 1.0),
+    ("late", "late_transfers", "Weight transfers that came too late; their experts' homes computed the rows.", 1.0),
 )
 """Fields of `Stats` without `balance_`, names without `moe_balance_`, texts, and the counters' unit."""
 
