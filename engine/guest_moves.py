@@ -99,7 +99,7 @@ class Ways:
     def of(cls, problem: Problem, plan: Plan, cutter: Cutter) -> Ways:
         return cls(
             transfers=plan.transfers,
-            messages=messages(plan.transfers, [cutter.nbytes(t.part, t.parts) for t in plan.transfers]),
+            messages=messages(problem, plan, [cutter.nbytes(t.part, t.parts) for t in plan.transfers]),
             due_N=arrivals(problem, plan),
             native_ns=plan.native_ns,
         )

@@ -221,15 +221,15 @@ def test_no_lever_changes_the_result_and_each_acts(worlds, size):
 class Steps:
     """Layers of one rank that share a balancer, whose plans the test makes, and their steps."""
 
-    def __init__(self, group, table, slots, layers=1, window=3, rates=KEEPING):
+    def __init__(self, group, table, slots, layers=1, window=3, rates=KEEPING, node_P=None):
         set_threads(1)
         self.group = group
         self.tokens_P = (24, 3, 10, 11)[: group.size]
         self.layer = layer_of(table.slots_PS[group.position], bias=True)
         self.room = GuestRoom(slots * self.layer.cutter.nbytes(), self.layer.cutter, group.device)
         self.planner = native
-        self.plans = []
-        self.balancer = Balancer(group, self.make, self.room, node_P=[0] * group.size, rates=rates)
+        self.plans, self.problems = [], []
+        self.balancer = Balancer(group, self.make, self.room, node_P=node_P or [0] * group.size, rates=rates)
         self.context = StepContext(group, None, balancer=self.balancer)
         self.layers = [ParallelLayer(self.context, table, index, self.layer) for index in range(layers)]
         self.balancer.tables = DecodeTables(self.balancer, CHOICES, window)
@@ -249,6 +249,7 @@ class Steps:
         plan = self.planner(problem)
         check(problem, plan)
         self.plans.append(plan)
+        self.problems.append(problem)
         return plan
 
     def run(self, planner=None, index=0, dispatcher="all_to_all", seed=None, tokens_P=None):
