@@ -66,6 +66,7 @@ class Arrival:
 
     def _asked(self, until_ns: int) -> bool:
         limit_ns = self._begun_ns + int(self._group.timeout_s * 1e9)
+        now = self._begun_ns  # when it came before the first question is not known
         while not self._run(self._work.is_completed):
             now = time.monotonic_ns()
             if now >= limit_ns:
@@ -75,7 +76,7 @@ class Arrival:
                 return False
             time.sleep(POLL_S)
         self._run(self._work.wait)
-        self.at_ns = self.at_ns or time.monotonic_ns()
+        self.at_ns = self.at_ns or now
         return True
 
 

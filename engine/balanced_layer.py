@@ -146,7 +146,7 @@ class BalancedLayer:
         if plan.is_native and plan.chunks == 1:
             return None
         if plan.transfers:
-            ways = Ways.of(problem, plan, self.cutter)
+            ways = Ways.of(problem, plan, self.cutter, here)
             self._moves = GuestMoves(
                 balancer.group, self.cutter, balancer.room, self._numbers, ways, self._pack, balancer.patience
             )

@@ -86,8 +86,8 @@ class Numbers:
 
 @dataclass(frozen=True, kw_only=True)
 class Ways:
-    """How a plan's transfers travel: the same on every rank. `due_N` is when each should have come, in ns from the
-    start, and `native_ns` what the layer would take without them, both by the model.
+    """How a plan's transfers travel: `messages` are those from and to this rank. `due_N` is when each transfer should
+    have come, in ns from the start, and `native_ns` what the layer would take without them, both by the model.
     """
 
     transfers: tuple[Transfer, ...]
@@ -96,10 +96,10 @@ class Ways:
     native_ns: int
 
     @classmethod
-    def of(cls, problem: Problem, plan: Plan, cutter: Cutter) -> Ways:
+    def of(cls, problem: Problem, plan: Plan, cutter: Cutter, position: int) -> Ways:
         return cls(
             transfers=plan.transfers,
-            messages=messages(problem, plan, [cutter.nbytes(t.part, t.parts) for t in plan.transfers]),
+            messages=messages(problem, plan, [cutter.nbytes(t.part, t.parts) for t in plan.transfers], position),
             due_N=arrivals(problem, plan),
             native_ns=plan.native_ns,
         )

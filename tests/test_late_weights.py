@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_balanced_layer import EXPERTS, KEEPING, Steps, chunked, cut, move, move_on, spread
 
+from moeyard.engine.arrivals import Arrival
 from moeyard.engine.group import RankLost
+from moeyard.engine.progress import Progress
 from moeyard.scheduler import placement
 from moeyard.scheduler.balance.patience import WINDOW, Patience
 from moeyard.scheduler.balance.plan import native
@@ -134,6 +136,21 @@ def ranks():
     it = world.World(3)
     yield it
     it.close()
+
+
+def asked(answers, timeout_s=50):
+    """An arrival on a GPU, whose exchange is complete when these say so."""
+    group = SimpleNamespace(device=SimpleNamespace(type="cuda"), timeout_s=timeout_s, progress=Progress())
+    work = SimpleNamespace(is_completed=lambda: next(answers), wait=lambda: None)
+    return Arrival(group, lambda call: call(), work, None)
+
+
+def test_on_a_gpu_the_exchange_is_asked():
+    arrival = asked(iter([False, False, False, True]))
+    assert not arrival.came(0) and not arrival.at_ns
+    assert arrival.came(time.monotonic_ns() + LONG_NS) and arrival.at_ns
+    with pytest.raises(RuntimeError, match="did not come within 0 s"):
+        asked(iter([False]), timeout_s=0).came(0)
 
 
 @given(st.lists(st.integers(-5, 1000), max_size=3 * WINDOW), st.integers(0, 3000), st.integers(0, 3000))

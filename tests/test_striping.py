@@ -87,6 +87,9 @@ def test_messages_bring_every_byte_after_it_came(data):
     bytes_N = [sizes.setdefault(t.expert, n) for t, n in zip(transfers, bytes_N, strict=True)]
     start = native(problem)
     found = messages(problem, Plan("any", start.rows_EP, start.sliced_E, transfers), bytes_N)
+    for p in range(ranks):
+        mine = [m for m in found if p in (m.sender, m.receiver)]
+        assert messages(problem, Plan("any", start.rows_EP, start.sliced_E, transfers), bytes_N, p) == mine
     node_P = problem.node_P.tolist()
     there = {(e % ranks, e): [(0, 10**9)] for e in range(experts)}
     for m in found:

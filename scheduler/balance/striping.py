@@ -8,9 +8,11 @@ leave its node, and of those that come, with as few pieces as that needs: Ethere
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from math import isqrt
+from typing import NamedTuple
 
 from .plan import Plan, Transfer
 from .problem import FS, Problem
@@ -19,8 +21,7 @@ MOST_CHUNKS = 64
 """Of a piece: each is a message that its receiver prepares for."""
 
 
-@dataclass(frozen=True)
-class Stripe:
+class Stripe(NamedTuple):
     """Bytes `start` to `stop` of a plan's transfer number `transfer`: from its source to its destination over `ranks`,
     which has both at its ends.
     """
@@ -31,8 +32,7 @@ class Stripe:
     ranks: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """Bytes of a transfer on one hop of their way."""
 
     transfer: int
@@ -42,25 +42,29 @@ class Message:
     receiver: int
 
 
-def messages(problem: Problem, plan: Plan, bytes_N: Sequence[int]) -> list[Message]:
-    """All messages of a plan whose transfers have these sizes: the same on every rank. Between two ranks they go in
-    this order, and what a message passes on has come by one before it, so that nobody waits in a circle.
+def messages(problem: Problem, plan: Plan, bytes_N: Sequence[int], rank: int | None = None) -> list[Message]:
+    """All messages of a plan whose transfers have these sizes, or those from and to a rank. Between two ranks they go
+    in this order, and what a message passes on has come by one before it, so that nobody waits in a circle.
     """
     node_P = problem.node_P.tolist()
-    pieces = choose(problem, plan.transfers, bytes_N)
-    of_transfer: list[list[Stripe]] = [[] for _ in plan.transfers]
-    for piece in pieces:
-        of_transfer[piece.transfer].append(piece)
-    hops_N = _hops(plan.transfers, [max(len(piece.ranks) - 1 for piece in it) for it in of_transfer])
+    stripes_N: list[list[Stripe]] = [[] for _ in plan.transfers]
+    for it in choose(problem, plan.transfers, bytes_N):
+        stripes_N[it.transfer].append(it)
+    hops_N = _hops(plan.transfers, [max(len(it.ranks) for it in of) - 1 for of in stripes_N])
     found = []
-    for index, stripes_S in enumerate(of_transfer):
-        chunks_S = [_chunks(problem, it, hops_N[index], node_P) for it in stripes_S]
-        for chunk in range(max(chunks_S)):
-            for it, chunks in zip(stripes_S, chunks_S, strict=True):
-                if chunk < chunks:
-                    size = it.stop - it.start
-                    start, stop = it.start + size * chunk // chunks, it.start + size * (chunk + 1) // chunks
-                    found += [Message(index, start, stop, a, b) for a, b in zip(it.ranks, it.ranks[1:], strict=False)]
+    for index, of in enumerate(stripes_N):
+        mine = of if rank is None else [it for it in of if rank in it.ranks]
+        # Chunk by chunk, so that a transfer's stripes are under way at the same time.
+        parts = []
+        for number, it in enumerate(mine):
+            size, chunks = it.stop - it.start, _chunks(problem, it, hops_N[index], node_P)
+            parts += [
+                (chunk, number, it.start + size * chunk // chunks, it.start + size * (chunk + 1) // chunks)
+                for chunk in range(chunks)
+            ]
+        for _, number, start, stop in sorted(parts):
+            way = mine[number].ranks
+            found += [Message(index, start, stop, a, b) for a, b in pairwise(way) if rank is None or rank in (a, b)]
     return found
 
 
@@ -70,9 +74,9 @@ def choose(problem: Problem, transfers: Sequence[Transfer], bytes_N: Sequence[in
         Stripe(i, 0, n, (t.source, t.destination)) for i, (t, n) in enumerate(zip(transfers, bytes_N, strict=True))
     ]
     node_P = problem.node_P.tolist()
-    if all(node_P[t.source] == node_P[t.destination] for t in transfers) or len(set(node_P)) == len(node_P):
+    width = max(Counter(node_P).values(), default=1)
+    if width == 1 or all(node_P[t.source] == node_P[t.destination] for t in transfers):
         return straight
-    width = max(node_P.count(node) for node in set(node_P))
     # Smaller ones would take longer to start than to send.
     least = problem.rates.far_alpha_ns * FS // max(1, problem.rates.far_fs_per_byte * width)
     striped = stripes(transfers, bytes_N, node_P, max(1, least))
@@ -99,23 +103,30 @@ def stripes(
     [(0, 3, (0, 2)), (3, 6, (0, 1, 3, 2))]
     """
     far = [i for i, t in enumerate(transfers) if node_P[t.source] != node_P[t.destination]]
+    links: dict[int, list[int]] = {}
+    for p, node in enumerate(node_P):
+        links.setdefault(node, []).append(p)
+    number_P = [links[node].index(p) for p, node in enumerate(node_P)]
     # First who sends, then who receives what each sends: (transfer, start, stop, sender, receiver).
     pieces = [(i, 0, bytes_N[i], transfers[i].source, transfers[i].destination) for i in far]
     for end in (3, 4):
-        cut = []
-        for node in sorted(set(node_P)):
-            links = [p for p, other in enumerate(node_P) if other == node]
-            here = [piece for piece in pieces if node_P[piece[end]] == node]
-            owners = [links.index(piece[end]) for piece in here]
-            shared = share_out([piece[2] - piece[1] for piece in here], owners, len(links), least)
-            for piece, parts in zip(here, shared, strict=True):
+        of_node: dict[int, list[tuple[int, int, int, int, int]]] = {}
+        for piece in pieces:
+            of_node.setdefault(node_P[piece[end]], []).append(piece)
+        pieces = []
+        for node, here in sorted(of_node.items()):
+            sizes, owners = [piece[2] - piece[1] for piece in here], [number_P[piece[end]] for piece in here]
+            for piece, parts in zip(here, share_out(sizes, owners, len(links[node]), least), strict=True):
                 start = piece[1]
                 for link, size in parts:
-                    ends = (links[link], piece[4]) if end == 3 else (piece[3], links[link])
-                    cut.append((piece[0], start, start + size, *ends))
+                    p = links[node][link]
+                    pieces.append((piece[0], start, start + size, *((p, piece[4]) if end == 3 else (piece[3], p))))
                     start += size
-        pieces = cut
-    found = [Stripe(i, 0, bytes_N[i], (t.source, t.destination)) for i, t in enumerate(transfers) if i not in far]
+    found = [
+        Stripe(i, 0, n, (t.source, t.destination))
+        for i, (t, n) in enumerate(zip(transfers, bytes_N, strict=True))
+        if node_P[t.source] == node_P[t.destination]
+    ]
     for i, start, stop, sender, receiver in pieces:
         way = (transfers[i].source, sender, receiver, transfers[i].destination)
         found.append(Stripe(i, start, stop, tuple(dict.fromkeys(way))))
@@ -175,18 +186,23 @@ def time_ns(problem: Problem, ways: Sequence[Stripe]) -> int:
     bundle's rate.
     """
     rates, node_P = problem.rates, problem.node_P.tolist()
-    links = {node: node_P.count(node) for node in set(node_P)}
-    busy: dict[tuple[str, bool, int], int] = {}
+    width = Counter(node_P)
+    far_P = [rates.far_fs_per_byte * width[node] for node in node_P]
+    # Start-ups and femtoseconds of each rank's links: out and in within its node, out and in between nodes.
+    starts, busy = ([[0] * len(node_P) for _ in range(4)] for _ in range(2))
     for it in ways:
-        for a, b in zip(it.ranks, it.ranks[1:], strict=False):
-            far = node_P[a] != node_P[b]
-            alpha = rates.far_alpha_ns if far else rates.near_alpha_ns
-            rate = rates.far_fs_per_byte if far else rates.near_fs_per_byte
-            for side, rank in (("out", a), ("in", b)):
-                key = (side, far, rank)
-                width = links[node_P[rank]] if far else 1
-                busy[key] = busy.get(key, 0) + alpha + (it.stop - it.start) * rate * width // FS
-    return max(busy.values(), default=0)
+        size = it.stop - it.start
+        for a, b in pairwise(it.ranks):
+            far = 0 if node_P[a] == node_P[b] else 2
+            for link, p in ((far, a), (far + 1, b)):
+                starts[link][p] += 1
+                busy[link][p] += size * (far_P[p] if far else rates.near_fs_per_byte)
+    alphas = (rates.near_alpha_ns, rates.near_alpha_ns, rates.far_alpha_ns, rates.far_alpha_ns)
+    return max(
+        n * alpha + fs // FS
+        for alpha, starts_P, busy_P in zip(alphas, starts, busy, strict=True)
+        for n, fs in zip(starts_P, busy_P, strict=True)
+    )
 
 
 def _hops(transfers: Sequence[Transfer], own_N: Sequence[int]) -> list[int]:
@@ -210,8 +226,10 @@ def _chunks(problem: Problem, piece: Stripe, hops: int, node_P: list[int]) -> in
     """Into how many messages a piece is cut so that hops overlap: n chunks over h hops of equal links take
     (h - 1 + n) * (alpha + bytes / n * rate), which is least for n = sqrt((h - 1) * bytes * rate / alpha).
     """
+    if hops == 1:
+        return 1
     rates = problem.rates
-    far = any(node_P[p] != node_P[piece.ranks[0]] for p in piece.ranks)
+    far = node_P[piece.ranks[0]] != node_P[piece.ranks[-1]]
     alpha = rates.far_alpha_ns if far else rates.near_alpha_ns
     rate = rates.far_fs_per_byte if far else rates.near_fs_per_byte
     size = piece.stop - piece.start
