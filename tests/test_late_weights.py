@@ -1,13 +1,15 @@
 """Weights that come too late for their layer: homes compute the rows, no result changes, and the next plans wait."""
 
+import dataclasses
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import world
 from hypothesis import given
 from hypothesis import strategies as st
-from test_balanced_layer import EXPERTS, KEEPING, Steps, chunked, cut, move, move_on, spread
+from test_balanced_layer import EXPERTS, KEEPING, Steps, chunked, cut, move, move_on, random_plan, spread
 
 from moeyard.engine.arrivals import Arrival
 from moeyard.engine.group import RankLost
@@ -129,6 +131,29 @@ def test_weights_that_never_come_are_a_lost_rank(ranks):
     (wrong, kept, _), (_, _, text), _ = ranks.run(never)
     assert not wrong and kept == 1
     assert "the exchange with the other ranks broke" in text
+
+
+def any_of_them_late(group):
+    """Steps of all kinds, where a rank waits or does not: who is late is chance, but all ranks know it."""
+    own = np.random.default_rng([7, group.position])
+    rng = np.random.default_rng(7)
+    rates = dataclasses.replace(KEEPING, far_alpha_ns=1, far_fs_per_byte=10**8)  # stripes and chunks
+    table = placement.replicated([50, 3, 9, 1, 0, 30, 2], group.size, placement.slots_needed(EXPERTS, group.size) + 1)
+    steps = Steps(group, table, slots=3, layers=2, rates=rates, node_P=[0, 0, 1])
+    steps.balancer.patience = SimpleNamespace(wait_ns=lambda over_ns: [0, LONG_NS][own.integers(2)], came=abs)
+    for _ in range(80):
+        index = int(rng.integers(2))
+        steps.run(random_plan(rng) if rng.integers(5) else None, index)
+    figures = dataclasses.asdict(steps.balancer.figures) | {"plan_ns": 0}
+    return steps.wrong, figures, steps.held, [plan.digest for plan in steps.plans]
+
+
+def test_whichever_are_late_the_result_is_the_same(ranks):
+    results = ranks.run(any_of_them_late)
+    for wrong, *facts in results:
+        assert not wrong
+        assert tuple(facts) == results[0][1:]
+    assert results[0][1]["late"] and results[0][1]["transfers"] > results[0][1]["late"]
 
 
 @pytest.fixture(scope="module")
