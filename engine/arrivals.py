@@ -12,6 +12,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from .group import RankGroup
 
@@ -105,6 +107,7 @@ class Watchers:
         return not any(thread.is_alive() for thread in self._threads)
 
 
+@torch.inference_mode()  # as the main thread, whose tensors could not be used otherwise
 def _watch(queue: SimpleQueue[Arrival | None]) -> None:
     while (arrival := queue.get()) is not None:
         arrival.watch()

@@ -181,10 +181,10 @@ class GuestMoves:
         if self._guests is None:
             self._guests = {}
             began = time.monotonic_ns()
+            wait_ns = self._patience.wait_ns(self._ways.native_ns)
             late_N = torch.zeros(len(self._ways.transfers), dtype=torch.uint8)
             for index, due_ns in enumerate(self._ways.due_N):
                 due = self._begun_ns + due_ns
-                wait_ns = self._patience.wait_ns(self._ways.native_ns)
                 until = max(began, due) + wait_ns  # before this rank could use it, waiting cost nothing
                 if index in self._here:
                     if (came_at := self._came(index, until)) is None:

@@ -271,7 +271,8 @@ class Steps:
         flat = ids[ids >= 0]
         self.layer.counts_E += torch.bincount(flat, minlength=EXPERTS)
         before = self.group.sent_weight_bytes, self.computed
-        out = self.layers[index].run(self.layer, x, ids, mix)
+        with torch.inference_mode():
+            out = self.layers[index].run(self.layer, x, ids, mix)
         if not torch.allclose(out, wanted(x, ids, mix, True), rtol=1e-4, atol=1e-4):
             self.wrong.append(self.steps)
         return self.group.sent_weight_bytes - before[0], self.computed - before[1]
