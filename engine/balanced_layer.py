@@ -188,15 +188,16 @@ class BalancedLayer:
         """Whether weights are on their way, from or to whatever rank."""
         return self._moves is not None
 
-    def missed(self, routing: Routing) -> Routing | None:
+    def missed(self, routing: Routing | None) -> Routing | None:
         """What guests were to compute whose weights are late, at the nearest homes; None where all came in time. The
         number of an expert there is that of its slot, or `slots` more for those of its parts that `late_parts` gives.
         """
         if self._moves is None or not (late := self._moves.late()):
             return None
-        assert self._made is not None
-        self._late = tuple(self._made[1].transfers[i] for i in late)
+        self._late = tuple(self._moves.transfers[i] for i in late)
         self._balancer.is_late(self, self._moves, len(late))
+        if routing is None:  # no token went by the plan
+            return None
         here = self._balancer.group.position
         whole_PE = np.zeros_like(self.number_PE, dtype=bool)
         part_E = np.zeros(len(self.home_E), dtype=bool)

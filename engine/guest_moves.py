@@ -170,6 +170,11 @@ class GuestMoves:
         return place, self._group.receive_weights(m.sender, place, self._send)
 
     @property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """The plan's."""
+        return self._ways.transfers
+
+    @property
     def expected(self) -> bool:
         """Whether any guest comes here."""
         return bool(self._here)

@@ -121,7 +121,7 @@ class ParallelLayer:
         """Adds what guests were to compute whose weights are late: their experts' homes compute it."""
         balance, dispatcher = self._balance, self._by_plans
         assert balance is not None
-        if dispatcher.routing is None or (missed := balance.missed(dispatcher.routing)) is None:
+        if (missed := balance.missed(dispatcher.routing)) is None:
             return
         for chunk in dispatcher.again(x_TD, weights_TK, missed, self.context.plan, balance.chunks_for):
             chunk.send()
