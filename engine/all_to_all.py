@@ -36,13 +36,17 @@ class Way(Protocol):
 
 class Balancing(Protocol):
     """Makes balancing plans, the same on every rank; `digest` stands for the last one. `gap_us`, how long weights that
-    set out before the counts could travel here, goes with the counts.
+    set out before the counts could travel here, goes with the counts. `open` tells the others whether late weights are
+    still to come here, and `heard` is told whether to any rank.
     """
 
     @property
     def digest(self) -> int: ...
     @property
     def gap_us(self) -> int: ...
+    @property
+    def open(self) -> bool: ...
+    def heard(self, anywhere: bool) -> None: ...
     def make(self, pairs_PE: torch.Tensor, gap_us: int) -> Way | None:
         """The way by which tokens go instead of the table's, for the rows that each rank has for each expert, and the
         smallest of their gaps.
@@ -73,13 +77,13 @@ class AllToAllDispatcher(RankDispatcher):
         self._choose_degree = choose_degree
         self._balance = balance
         self._budget = budget
+        self.routing: Routing | None = None
+        """Of the last tokens, if they went by a balancing plan."""
 
     def cut(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, plan: StepPlan) -> list[Any]:
         group, experts = self.group, self.table.experts
         balance = self._balance if plan.balanced else None
-        budget = self._budget()
-        if budget is not None and budget.surely_fits(sum(plan.tokens_P)):
-            budget = None
+        budget = self._scarce(plan)
         parts = EIGHTHS if budget is None else budget.parts(max(plan.tokens_P))
         with group.progress.span("plan"):
             # A plan is made for this step alone, and is native where it would do nothing.
@@ -87,7 +91,7 @@ class AllToAllDispatcher(RankDispatcher):
             rank_TK, slot_TK = lookup.find(ids_TK, group.position)
             routing = Routing(ids_TK=ids_TK, rank_TK=rank_TK, slot_TK=slot_TK)
             need_TP = routing.need(group.size)
-            bounds = [x_TD.shape[0] * i // parts for i in range(parts + 1)]
+            bounds = _bounds(x_TD.shape[0], parts)
             pairs_E = torch.zeros(experts + 1, dtype=torch.int32, device=ids_TK.device)
             flat = ids_TK.reshape(-1)
             pairs_E.scatter_add_(0, flat + 1, torch.ones_like(flat, dtype=torch.int32))
@@ -102,22 +106,62 @@ class AllToAllDispatcher(RankDispatcher):
                 need_TP = routing.need(group.size)
         if way is not None:
             rows = self._exchange(_by_part(routing, need_TP, bounds, budget is not None).cpu(), plan)
+        self.routing = routing if way is not None else None
         with group.progress.span("plan"):
-            rows_PCP, *more = rows.reshape(group.size, -1, parts, group.size).unbind(1)
-            rows_PP = rows_PCP.sum(1)
+            rows_PCP, *pairs = rows.reshape(group.size, -1, parts, group.size).unbind(1)
             degree = plan.degree
             if not degree:
-                degree = 1 if self._choose_degree is None else self._choose_degree(rows_PP, pairs_PE)
+                degree = 1 if self._choose_degree is None else self._choose_degree(rows_PCP.sum(1), pairs_PE)
             if way is not None:
                 degree = next((d for d in DEGREES if d >= max(degree, way.chunks)), DEGREES[-1])
             if budget is not None:
-                degree = max(degree, budget.least_degree(rows_PCP.numpy(), more[0].numpy()))
-            per = parts // degree
-            splits_PCP = rows_PCP.reshape(group.size, degree, per, group.size).sum(2)
-            elsewhere = int(rows_PP[group.position].sum() - rows_PP[group.position, group.position])
-            self.sent_rows += elsewhere
-            self._least += elsewhere
-        form = RowFormat(x_TD.shape[1], ids_TK.shape[1], x_TD.dtype)
+                degree = max(degree, budget.least_degree(rows_PCP.numpy(), pairs[0].numpy()))
+        return self._chunks(x_TD, weights_TK, routing, need_TP, rows_PCP, degree)
+
+    def again(
+        self,
+        x_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        routing: Routing,
+        plan: StepPlan,
+        chunks_for: Callable[[torch.Tensor], int],
+    ) -> list[Any]:
+        """More chunks of the same layer: what this routing names. `chunks_for` gives how many the rows that arrive at
+        each rank need by the plan.
+        """
+        group, budget = self.group, self._scarce(plan)
+        parts = EIGHTHS if budget is None else budget.parts(max(plan.tokens_P))
+        with group.progress.span("plan"):
+            need_TP = routing.need(group.size)
+            mine = _by_part(routing, need_TP, _bounds(x_TD.shape[0], parts), budget is not None).cpu()
+        rows = self._exchange(mine, plan)
+        rows_PCP, *pairs = rows.reshape(group.size, -1, parts, group.size).unbind(1)
+        degree = next(d for d in DEGREES if d >= chunks_for(rows_PCP.sum((0, 1))) or d == DEGREES[-1])
+        if budget is not None:
+            degree = max(degree, budget.least_degree(rows_PCP.numpy(), pairs[0].numpy()))
+        return self._chunks(x_TD, weights_TK, routing, need_TP, rows_PCP, degree)
+
+    def _scarce(self, plan: StepPlan) -> RowBudget | None:
+        """The ranks' memory, if a step's tokens could be too many for it."""
+        budget = self._budget()
+        return None if budget is None or budget.surely_fits(sum(plan.tokens_P)) else budget
+
+    def _chunks(
+        self,
+        x_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        routing: Routing,
+        need_TP: torch.Tensor,
+        rows_PCP: torch.Tensor,
+        degree: int,
+    ) -> list[Any]:
+        group, parts = self.group, rows_PCP.shape[1]
+        bounds, per = _bounds(x_TD.shape[0], parts), parts // degree
+        splits_PCP = rows_PCP.reshape(group.size, degree, per, group.size).sum(2)
+        elsewhere = int(splits_PCP[group.position].sum() - splits_PCP[group.position, :, group.position].sum())
+        self.sent_rows += elsewhere
+        self._least += elsewhere
+        form = RowFormat(x_TD.shape[1], routing.ids_TK.shape[1], x_TD.dtype)
         return [
             _AllToAllChunk(
                 group,
@@ -135,16 +179,25 @@ class AllToAllDispatcher(RankDispatcher):
         """[P, N] of all ranks' counts. Raises PlanMismatch when a rank holds another plan of the step, or made another
         of the layer before.
         """
-        group = self.group
-        digest = plan.digest ^ (self._balance.digest if self._balance is not None else 0)
-        counts = group.all_gather_counts(torch.cat([mine_N, torch.tensor([digest], dtype=torch.int32)]))
+        group, balance = self.group, self._balance
+        digest, waits = plan.digest, 0
+        if balance is not None:
+            digest, waits = digest ^ balance.digest, int(balance.open)
+        counts = group.all_gather_counts(torch.cat([mine_N, torch.tensor([waits, digest], dtype=torch.int32)]))
         if not bool((counts[:, -1] == digest).all()):
             odd = [group.members[p] for p in range(group.size) if int(counts[p, -1]) != digest]
             raise PlanMismatch(
                 f"rank {group.rank} and rank {', '.join(map(str, odd))} hold different plans for step"
                 f" {group.progress.step}; that is a defect, please report it"
             )
-        return counts[:, :-1]
+        if balance is not None:
+            balance.heard(bool(counts[:, -2].any()))
+        return counts[:, :-2]
+
+
+def _bounds(tokens: int, parts: int) -> list[int]:
+    """Between equal parts of the tokens."""
+    return [tokens * i // parts for i in range(parts + 1)]
 
 
 def _by_part(routing: Routing, need_TP: torch.Tensor, bounds: list[int], with_pairs: bool) -> torch.Tensor:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,12 +17,13 @@ import numpy as np
 from ..scheduler.balance.baselines import Planner
 from ..scheduler.balance.leases import Action, Evict, Keep, Leases
 from ..scheduler.balance.model import price
+from ..scheduler.balance.patience import Patience
 from ..scheduler.balance.plan import Plan, native
 from ..scheduler.balance.problem import FS, PS, Integers, Problem, Rates
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable
 from .group import RankGroup
-from .guest_moves import Newcomers
+from .guest_moves import GuestMoves, Newcomers
 from .guests import GuestRoom
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ class BalanceFigures:
 
     `guest_hits` counts experts of planned layers that were computed by a guest kept from an earlier step, and `tables`
     those published for the steps that make no plans of their own. `early` counts the layers whose weights set out
-    before their counts were known, `shared_rows` tokens whose shared experts another rank computed.
+    before their counts were known, `shared_rows` tokens whose shared experts another rank computed,
+    `late` transfers that were not waited for.
     """
 
     layers: int = 0
@@ -61,6 +64,7 @@ class BalanceFigures:
     tables: int = 0
     early: int = 0
     shared_rows: int = 0
+    late: int = 0
 
 
 def warm_up(planner: Planner) -> None:
@@ -107,6 +111,9 @@ class Balancer:
         self.last_digest = 0
         """Of the last layer's plan and guests: it travels with the next exchange of counts."""
         self.layers: dict[int, BalancedLayer] = {}
+        self.late: GuestMoves | None = None
+        """Weights that came too late for their layer and may still be on their way, to whatever rank: until they have
+        come everywhere no plan may move any, since they need their place in the room."""
         self.tables: DecodeTables | None = None
         """For the steps that make no plans of their own."""
         self._planner = planner
@@ -115,6 +122,11 @@ class Balancer:
         self.most_rows_P: Integers = np.full(group.size, UNLIMITED_ROWS, dtype=np.int64)
         """Rows that each rank has the memory for at once; more are computed in chunks."""
         self.rates = rates
+
+    @cached_property
+    def patience(self) -> Patience:
+        """Of this rank. At most half of the time limit, or others would give up on who waits."""
+        return Patience(int(self.group.timeout_s * 1e9 / 2))
 
     @property
     def rates(self) -> Rates:
@@ -152,8 +164,9 @@ class Balancer:
     def make(self, layer: BalancedLayer, problem: Problem) -> Plan:
         """What the planner says, if it can be carried out."""
         plan = self._planner(problem)
-        if plan.transfers and not self._possible(layer, plan):
-            self._say_refused()
+        if plan.transfers and (self.late or not self._possible(layer, plan)):
+            if not self.late:
+                self._say_refused()
             plan = native(problem)
         if not plan.modelled_ns and problem.rows_PE.any():  # a published planner does not look at times
             plan = replace(plan, modelled_ns=price(problem, plan), native_ns=price(problem, native(problem)))
@@ -173,13 +186,14 @@ class Balancer:
 
     def problem(self, layer: BalancedLayer, rows_PE: Integers) -> Problem:
         expert_bytes = layer.cutter.nbytes()
+        rooms = [0 if self.late else self.leases.room(layer.index, p) for p in range(self.group.size)]
         return Problem(
             rows_PE=rows_PE,
             holds_PE=(layer.number_PE >= 0).astype(np.int64),
             home_E=layer.home_E,
             node_P=self._node_P,
             expert_bytes=expert_bytes,
-            room_P=np.array([self.leases.room(layer.index, p) for p in range(self.group.size)]) * expert_bytes,
+            room_P=np.array(rooms) * expert_bytes,
             most_rows_P=self.most_rows_P,
             rates=self._rates,
             most_parts=layer.cutter.most_parts,
@@ -193,6 +207,32 @@ class Balancer:
         newcomers = Newcomers.of(plan, self.group.size, len(layer.home_E), layer.cutter, self.room)
         fits = all(n <= self.leases.room(layer.index, p) for p, n in enumerate(newcomers.slots_P))
         return fits and all(t.parts <= layer.cutter.most_parts for t in plan.transfers)
+
+    # Weights that are late
+
+    def is_late(self, layer: BalancedLayer, moves: GuestMoves, transfers: int) -> None:
+        """So many of a layer's were not waited for; on every rank."""
+        assert self.late is None, "weights moved while late ones were on their way"
+        self.late = moves
+        if not self.figures.late:
+            log.warning(
+                "layer %d: %d of the weights that its plan moves are late; their experts' homes compute their rows, and"
+                " no more move until they have come. /metrics counts them as moe_balance_late_transfers",
+                layer.index,
+                transfers,
+            )
+        self.figures.late += transfers
+
+    @property
+    def open(self) -> bool:
+        """Whether late weights are still on their way here. Raises RankLost when they do not come at all."""
+        return self.late is not None and self.late.open
+
+    def heard(self, anywhere: bool) -> None:
+        """Whether any rank still waits for late ones; all ranks heard the same."""
+        if self.late is not None and not anywhere:
+            self.late.finish()
+            self.late = None
 
     # Guests that stay
 

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 
 from ..scheduler.assignment import nearest_homes
-from ..scheduler.balance.plan import Plan, SharedMove, Transfer
+from ..scheduler.balance.plan import Plan, SharedMove, Transfer, chunks_needed
 from ..scheduler.balance.problem import Integers, Problem
 from ..scheduler.balance.shares import own_shares
 from ..scheduler.table import ExpertTable
 from .balance import Balancer, places
 from .early_moves import EarlyMoves
 from .experts import ExpertPool
-from .guest_moves import GuestMoves, Newcomers, Numbers
+from .guest_moves import GuestMoves, Newcomers, Numbers, Ways
 from .guests import Cutter, Guest
 from .lookup import Lookups
-from .routing import Routing, by_shares
+from .routing import Routing, by_shares, instead
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class BalancedLayer:
         self._made: tuple[Problem, Plan, Newcomers] | None = None
         self._early = EarlyMoves(balancer, self) if balancer.early else None
         self._newcomers: Newcomers | None = None  # of transfers that started before the counts were known
+        self._late: tuple[Transfer, ...] = ()
         self._runs = 0
         self._wanted = False
         self.tokens_P: Sequence[int] = ()
@@ -90,7 +91,7 @@ class BalancedLayer:
 
     def _set(self, table: ExpertTable) -> None:
         self._slot_PE, self.home_E = places(table)
-        self.nearest_PE, _ = nearest_homes(table)
+        self.nearest_PE, self._nearest_slot_PE = nearest_homes(table)
         self._numbers = Numbers(table.slots, self._balancer.room.slots)
 
     def update(self) -> None:
@@ -128,6 +129,15 @@ class BalancedLayer:
         return self._balancer.last_digest
 
     @property
+    def open(self) -> bool:
+        """Whether late weights are still on their way here."""
+        return self._balancer.open
+
+    def heard(self, anywhere: bool) -> None:
+        """Whether they are on any rank: in an exchange, so that all hear it at the same place."""
+        self._balancer.heard(anywhere)
+
+    @property
     def gap_us(self) -> int:
         """How long weights that set out before the counts could travel, in the last step that planned this layer."""
         return self._early.gap_us if self._early is not None else 0
@@ -139,7 +149,7 @@ class BalancedLayer:
             self.tokens_P = tokens_P if self.tokens_P else ()  # shared experts move in all of its steps, or in none
             plan = self._early.begin(tokens_P)
             if plan is not None:
-                self._newcomers = self._start(plan)
+                self._newcomers = self._start(self._early.problem, plan)
             self._early.travelling()
 
     def make(self, pairs_PE: torch.Tensor, gap_us: int) -> BalancedWay | None:
@@ -155,24 +165,27 @@ class BalancedLayer:
         self._runs += 1
         newcomers, self._newcomers = self._newcomers, None
         if newcomers is None:
-            newcomers = self._start(plan)
+            newcomers = self._start(problem, plan)
         self._made = (problem, plan, newcomers)
         if plan.at_home and plan.chunks == 1:
             return None
         numbers = self._numbers.with_newcomers(self.number_PE, newcomers)
         return BalancedWay(problem, plan, *numbers, balancer.group.position)
 
-    def _start(self, plan: Plan) -> Newcomers:
+    def _start(self, problem: Problem, plan: Plan) -> Newcomers:
         """Makes room for a plan's guests and starts their transfers."""
         balancer = self._balancer
         ranks, here = balancer.group.size, balancer.group.position
         newcomers = Newcomers.of(plan, ranks, len(self.home_E), self.cutter, balancer.room)
         wanted = any(newcomers.slots_P)
-        if wanted or self._wanted:
+        if (wanted or self._wanted) and not balancer.late:
             balancer.make_room(self, newcomers.slots_P)
-        self._wanted = wanted
-        if mine := [t for t in plan.transfers if here in (t.source, t.destination)]:
-            self._moves = GuestMoves(balancer.group, self.cutter, balancer.room, self._numbers, mine, self._pack)
+            self._wanted = wanted
+        if plan.transfers:
+            ways = Ways.of(problem, plan, self.cutter, here)
+            self._moves = GuestMoves(
+                balancer.group, self.cutter, balancer.room, self._numbers, ways, self._pack, balancer.patience
+            )
         return newcomers
 
     @property
@@ -203,8 +216,8 @@ class BalancedLayer:
         return bool(self._kept) and (self._made is not None or self.table_PEQ is not None)
 
     def guests(self) -> dict[int, Guest]:
-        """This rank's guests by number: those kept, and those that come, which are waited for. What others wait for is
-        passed on.
+        """This rank's guests by number: those kept, and those that come, which are waited for as long as that pays.
+        What others wait for is passed on.
         """
         guests = {number: self.cutter.unpack(self._packed(number)) for number in self._kept}
         if self._moves is not None:
@@ -213,16 +226,56 @@ class BalancedLayer:
 
     @property
     def moving(self) -> bool:
-        """Whether weights are on their way from or to this rank."""
+        """Whether weights are on their way, from or to whatever rank."""
         return self._moves is not None
+
+    def missed(self, routing: Routing | None) -> Routing | None:
+        """What guests were to compute whose weights are late, at the nearest homes; None where all came in time. The
+        number of an expert there is that of its slot, or `slots` more for those of its parts that `late_parts` gives.
+        """
+        if self._moves is None or not (late := self._moves.late()):
+            return None
+        self._late = tuple(self._moves.transfers[i] for i in late)
+        self._balancer.is_late(self, self._moves, len(late))
+        if routing is None:  # no token went by the plan
+            return None
+        here = self._balancer.group.position
+        whole_PE = np.zeros_like(self.number_PE, dtype=bool)
+        part_E = np.zeros(len(self.home_E), dtype=bool)
+        for t in self._late:
+            if t.parts == 1:
+                whole_PE[t.destination, t.expert] = True
+            else:
+                part_E[t.expert] = True
+        slot_E = self._nearest_slot_PE[here]
+        return instead(routing, whole_PE, part_E, self.nearest_PE[here], slot_E, slot_E + self._numbers.table_slots)
+
+    def chunks_for(self, rows_P: torch.Tensor) -> int:
+        """In how many chunks the ranks have memory for so many rows that arrive."""
+        assert self._made is not None
+        return chunks_needed(self._made[0], rows_P.numpy())
+
+    def late_parts(self) -> list[tuple[int, Guest]]:
+        """The parts that came late anywhere, of experts that are here too, and the numbers of those experts."""
+        slot_E = self._slot_PE[self._balancer.group.position]
+        return [
+            (int(slot_E[t.expert]) + self._numbers.table_slots, self._part(int(slot_E[t.expert]), t))
+            for t in self._late
+            if t.parts > 1 and slot_E[t.expert] >= 0
+        ]
+
+    def _part(self, slot: int, t: Transfer) -> Guest:
+        return self.cutter.unpack(self.cutter.pack(slot, t.part, t.parts), t.part, t.parts)
 
     def finish(self) -> None:
         """The end of the layer: what left this rank is not needed any more; what came may stay."""
-        if self._moves is not None:
+        if self._moves is not None and not self._late:
             self._moves.finish()
-            self._moves = None
+        self._moves = None
         if self._made is not None:
             problem, plan, newcomers = self._made
-            self._made = None
-            if newcomers.whole or self._balancer.leases.held(self.index):
-                self._balancer.record(self, problem, plan, newcomers.whole, self._runs)
+            # Late weights are still to come into the room: nothing else may lie there, and nobody stays in it.
+            whole = () if self._late else newcomers.whole
+            self._made, self._late = None, ()
+            if whole or self._balancer.leases.held(self.index):
+                self._balancer.record(self, problem, plan, whole, self._runs)

@@ -11,7 +11,7 @@ import torch
 
 from ..scheduler.balance.early import EarlyPlans
 from ..scheduler.balance.plan import Plan
-from ..scheduler.balance.problem import Problem
+from ..scheduler.balance.problem import Integers, Problem
 
 if TYPE_CHECKING:
     from .balance import Balancer
@@ -38,12 +38,17 @@ class EarlyMoves:
         """The layer before has ended, or the step begins: the plan whose transfers are to start now, if any."""
         balancer = self._balancer
         started = time.perf_counter_ns()
-        plan = self.plans.begin(tokens_P, partial(balancer.problem, self._layer))
+        plan = self.plans.begin(tokens_P, self._expect)
         balancer.figures.plan_ns += time.perf_counter_ns() - started
         if plan is not None:
             balancer.figures.early += 1
             balancer.last_digest ^= plan.digest ^ self._layer.holders_digest
         return plan
+
+    def _expect(self, rows_PE: Integers) -> Problem:
+        self.problem = self._balancer.problem(self._layer, rows_PE)
+        """That the last early plan was made for."""
+        return self.problem
 
     def travelling(self) -> None:
         """What starts early has started."""

@@ -21,6 +21,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from .arrivals import Arrival, Watchers
 from .progress import Progress
 from .sockets import connected_to, cut, open_sockets, opened_since
 
@@ -36,6 +37,8 @@ CONNECT_TIMEOUT_S = 5.0
 """How long one attempt to reach the store may take; then messages are looked at."""
 ABORT_TIMEOUT_S = 10.0
 """How long leaving the group may wait for another thread that is aborting it."""
+IDLE_TIMEOUT_S = 0.1
+"""How long threads that wait for nothing may take to end."""
 
 
 class RankLost(RuntimeError):
@@ -139,6 +142,7 @@ class RankGroup:
         self._sockets: Collection[tuple[int, int]] | None = None  # of the exchanges, once all are connected
         self._process_group: Any = None
         self._weights_group: Any = None
+        self._watchers = Watchers()
         on_begin(self)
         _choose_interface(host)
         if device.type == "cuda":
@@ -216,6 +220,10 @@ class RankGroup:
             log.warning("the group of epoch %d is still being aborted", self.epoch)
             return
         try:
+            if not self._watchers.close(IDLE_TIMEOUT_S):  # weights are still on their way
+                cut(self._sockets or ())
+                if not self._watchers.close(ABORT_TIMEOUT_S):
+                    log.warning("the threads that wait for weights of epoch %d do not end", self.epoch)
             # With a peer gone, destroying would wait for NCCL kernels that never end. Aborted, they have.
             abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
             if self.device.type == "cuda" and not self.aborted and abort is not None:
@@ -304,9 +312,20 @@ class RankGroup:
         self.sent_weight_bytes += packed.nbytes
         return self._start(lambda: dist.isend(packed, position, group=self._weights_group))
 
-    def receive_weights(self, position: int, packed: torch.Tensor) -> Pending:
-        """Starts receiving what `send_weights` sends here; `packed` may be read after the wait."""
-        return self._start(lambda: dist.irecv(packed, position, group=self._weights_group))
+    def receive_weights(self, position: int, packed: torch.Tensor, then: Callable[[], None] = lambda: None) -> Arrival:
+        """Starts receiving what `send_weights` sends here; `packed` may be read when it came. On a CPU another thread
+        calls `then` at that moment.
+        """
+        work = self._run(lambda: dist.irecv(packed, position, group=self._weights_group))
+        arrival = Arrival(self, self._run, work, then)
+        if packed.device.type == "cpu":
+            self._watchers.watch(position, arrival)
+        return arrival
+
+    def all_gather_beside(self, values_N: torch.Tensor) -> tuple[torch.Tensor, Pending]:
+        """Starts an exchange of small CPU vectors, [size, N], beside the tokens' exchanges."""
+        out = values_N.new_empty(self.size, values_N.shape[0])
+        return out, self._start(lambda: _all_gather(out, values_N[None], group=self._weights_group, async_op=True))
 
     def exchange_flat(
         self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]

@@ -6,14 +6,20 @@ P: ranks, E: experts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ..scheduler.balance.model import arrivals
+from ..scheduler.balance.patience import Patience
 from ..scheduler.balance.plan import Plan, Transfer
-from ..scheduler.balance.problem import Integers
+from ..scheduler.balance.problem import Integers, Problem
+from ..scheduler.balance.striping import Message, messages
+from .arrivals import Arrival
 from .group import Pending, RankGroup
 from .guests import Cutter, Guest, GuestRoom
 
@@ -78,12 +84,37 @@ class Numbers:
         return self._parts + number
 
 
-class GuestMoves:
-    """The weights of one layer's plan on their way from and to this rank.
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """How a plan's transfers travel: `messages` are those from and to this rank. `due_N` is when each transfer should
+    have come, in ns from the start, and `native_ns` what the layer would take without them, both by the model.
+    """
 
-    Sent and received on exchanges of their own, beside the tokens', and between two ranks in the plan's order, which
-    is how the receiver tells them apart. What this rank passes on leaves when it has come. `pack(transfer)` gives the
-    bytes of what this rank has already, None for others.
+    transfers: tuple[Transfer, ...]
+    messages: list[Message]
+    due_N: list[int]
+    native_ns: int
+
+    @classmethod
+    def of(cls, problem: Problem, plan: Plan, cutter: Cutter, position: int) -> Ways:
+        return cls(
+            transfers=plan.transfers,
+            messages=messages(problem, plan, [cutter.nbytes(t.part, t.parts) for t in plan.transfers], position),
+            due_N=arrivals(problem, plan),
+            native_ns=plan.native_ns,
+        )
+
+
+class GuestMoves:
+    """The weights of one layer's plan on their way from and to this rank, and over it.
+
+    Sent and received on exchanges of their own, beside the tokens'. Between two ranks all messages go in the plan's
+    order, which is how the receiver tells them apart. What this rank passes on leaves when it has come. Every rank has
+    one, also where nothing comes or goes: all hear what is late.
+
+    Args:
+        pack: gives the bytes of what this rank has already, None for others.
+        patience: how long weights that are due are waited for.
     """
 
     def __init__(
@@ -92,66 +123,170 @@ class GuestMoves:
         cutter: Cutter,
         room: GuestRoom,
         numbers: Numbers,
-        transfers: Sequence[Transfer],
+        ways: Ways,
         pack: Callable[[Transfer], torch.Tensor | None],
+        patience: Patience,
     ) -> None:
         self._group = group
         self._cutter = cutter
+        self._ways = ways
         self._pack = pack
-        self._coming: list[tuple[Transfer, int, torch.Tensor, Pending]] = []
-        self._to_send = [t for t in transfers if t.source == group.position]
-        self._whole: dict[int, torch.Tensor] = {}
+        self._patience = patience
+        self._begun_ns = time.monotonic_ns()
+        self._here: dict[int, tuple[int, torch.Tensor]] = {}
+        """Of each transfer to this rank its guest's number, and its place in the room."""
+        self._coming: dict[int, list[tuple[Message, torch.Tensor, Arrival]]] = {}
+        """Of each transfer to or over this rank."""
+        self._to_send = [m for m in ways.messages if m.sender == group.position]
         self._leaving: list[tuple[torch.Tensor, Pending]] = []
+        self._packed: dict[tuple[int, int, int], torch.Tensor] = {}
         self._guests: dict[int, Guest] | None = None
-        mine = [t for t in transfers if t.destination == group.position]
+        self._said: tuple[torch.Tensor, Pending] | None = None
+        self._sending = threading.Lock()
+        self._take_places(room, numbers)
+        with self._sending:  # what comes is passed on when all is known that comes
+            for m in ways.messages:
+                if m.receiver == group.position:
+                    self._coming.setdefault(m.transfer, []).append((m, *self._receive(m)))
+        self._send()
+
+    def _take_places(self, room: GuestRoom, numbers: Numbers) -> None:
+        mine = [(i, t) for i, t in enumerate(self._ways.transfers) if t.destination == self._group.position]
         slots, parts = itertools.count(), itertools.count()
-        room.first_part(sum(t.parts == 1 for t in mine))
-        for t in mine:
-            nbytes = cutter.nbytes(t.part, t.parts)
+        room.first_part(sum(t.parts == 1 for _, t in mine))
+        for index, t in mine:
+            nbytes = self._cutter.nbytes(t.part, t.parts)
             if t.parts == 1:
                 slot = next(slots)
-                packed, number = room.whole(slot, nbytes), numbers.whole(slot)
+                self._here[index] = numbers.whole(slot), room.whole(slot, nbytes)
             else:
-                packed, number = room.part(nbytes), numbers.part(next(parts))
-            self._coming.append((t, number, packed, group.receive_weights(t.source, packed)))
-        self._send()
+                self._here[index] = numbers.part(next(parts)), room.part(nbytes)
+
+    def _receive(self, m: Message) -> tuple[torch.Tensor, Arrival]:
+        if m.transfer in self._here:
+            place = self._here[m.transfer][1][m.start : m.stop]
+        else:  # for another rank
+            place = torch.empty(m.stop - m.start, dtype=torch.uint8, device=self._group.device)
+        return place, self._group.receive_weights(m.sender, place, self._send)
+
+    @property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """The plan's."""
+        return self._ways.transfers
 
     @property
     def expected(self) -> bool:
         """Whether any guest comes here."""
-        return bool(self._coming)
+        return bool(self._here)
 
     def guests(self) -> dict[int, Guest]:
-        """Waits for all that comes and passes on what others wait for; by number."""
+        """This rank's guests by number, without those that are late: they are not waited for any longer. Tells the
+        others which.
+        """
         if self._guests is None:
             self._guests = {}
-            for t, number, packed, pending in self._coming:
-                pending.wait()
-                if t.parts == 1:
-                    self._whole[t.expert] = packed
-                    self._send()
-                self._guests[number] = self._cutter.unpack(packed, t.part, t.parts)
+            began = time.monotonic_ns()
+            wait_ns = self._patience.wait_ns(self._ways.native_ns)
+            late_N = torch.zeros(len(self._ways.transfers), dtype=torch.uint8)
+            for index, due_ns in enumerate(self._ways.due_N):
+                due = self._begun_ns + due_ns
+                until = max(began, due) + wait_ns  # before this rank could use it, waiting cost nothing
+                if index in self._here:
+                    if (came_at := self._came(index, until)) is None:
+                        late_N[index] = 1
+                        self._patience.came(wait_ns)
+                    else:
+                        self._patience.came(came_at - due)
+                        t, (number, packed) = self._ways.transfers[index], self._here[index]
+                        self._guests[number] = self._cutter.unpack(packed, t.part, t.parts)
+                elif self._group.device.type == "cuda":  # on a CPU, threads pass on
+                    self._came(index, until)
+            self._said = self._group.all_gather_beside(late_N)
         return self._guests
 
-    def finish(self) -> None:
-        """The end of the layer: what left this rank is not needed any more."""
-        self.guests()
-        assert not self._to_send, "a plan passes on what does not come"
-        for _, pending in self._leaving:
-            pending.wait()
-        self._leaving.clear()
+    def _came(self, index: int, until_ns: int) -> int | None:
+        """When the last message of a transfer came; None for later than then."""
+        last = 0
+        for _, _, arrival in self._coming.get(index, ()):
+            if not arrival.came(until_ns):
+                return None
+            if self._group.device.type == "cuda":
+                self._send()
+            last = max(last, arrival.at_ns)
+        return last
 
-    def _send(self) -> None:
+    def late(self) -> list[int]:
+        """The plan's transfers that are late at their destination: the same on every rank. The weights that come
+        late are of no use, so they are passed on at once, whatever they are.
+        """
+        self.guests()
+        assert self._said is not None
+        late_PN, pending = self._said
+        pending.wait()
+        late: list[int] = late_PN.any(0).nonzero()[:, 0].tolist()
+        if late:
+            self._send(given_up=True)
+        return late
+
+    @property
+    def open(self) -> bool:
+        """Whether anything is still on its way here."""
+        return not all(arrival.came(0) for coming in self._coming.values() for _, _, arrival in coming)
+
+    def finish(self) -> None:
+        """When all has come everywhere: what left this rank is not needed any more."""
+        with self._sending:
+            assert not self._to_send, "a plan passes on what does not come"
+            for _, pending in self._leaving:
+                pending.wait()
+            self._leaving.clear()
+            self._packed.clear()
+
+    def _send(self, given_up: bool = False) -> None:
         """What is here, as far as nothing that is to reach the same rank before it is still missing."""
-        waiting: list[Transfer] = []
-        for t in self._to_send:
-            packed = None
-            if all(t.destination != other.destination for other in waiting):
-                packed = self._pack(t)
-                if packed is None and (whole := self._whole.get(t.expert)) is not None:
-                    packed = whole if t.parts == 1 else self._cutter.cut(whole, t.part, t.parts)
-            if packed is None:
-                waiting.append(t)
-            else:
-                self._leaving.append((packed, self._group.send_weights(t.destination, packed)))
-        self._to_send = waiting
+        with self._sending:
+            waiting: list[Message] = []
+            blocked: set[int] = set()
+            for m in self._to_send:
+                packed = self._bytes(m) if m.receiver not in blocked else None
+                if packed is None and given_up:
+                    packed = torch.zeros(m.stop - m.start, dtype=torch.uint8, device=self._group.device)
+                if packed is None:
+                    waiting.append(m)
+                    blocked.add(m.receiver)
+                else:
+                    self._leaving.append((packed, self._group.send_weights(m.receiver, packed)))
+            self._to_send = waiting
+
+    def _bytes(self, m: Message) -> torch.Tensor | None:
+        """What a message is to bring, if it is here."""
+        t = self._ways.transfers[m.transfer]
+        if t.source != self._group.position:  # on its way over this rank
+            return self._piece(m.transfer, m.start, m.stop)
+        key = (t.expert, t.part, t.parts)
+        if key not in self._packed:
+            packed = self._pack(t)
+            if packed is None:  # a guest that comes
+                index = next(i for i in self._here if self._is_whole(i, t.expert))
+                if t.parts == 1:
+                    return self._piece(index, m.start, m.stop)
+                whole = self._piece(index, 0, self._here[index][1].numel())
+                if whole is None:
+                    return None
+                packed = self._cutter.cut(whole, t.part, t.parts)
+            self._packed[key] = packed
+        return self._packed[key][m.start : m.stop]
+
+    def _is_whole(self, index: int, expert: int) -> bool:
+        t = self._ways.transfers[index]
+        return t.expert == expert and t.parts == 1
+
+    def _piece(self, index: int, start: int, stop: int) -> torch.Tensor | None:
+        """These bytes of a transfer to or over this rank, if they have come."""
+        needed = [it for it in self._coming[index] if it[0].start < stop and it[0].stop > start]
+        if not all(arrival.at_ns for _, _, arrival in needed):
+            return None
+        if index in self._here:
+            return self._here[index][1][start:stop]
+        ((_, place, _),) = needed
+        return place

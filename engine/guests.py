@@ -174,11 +174,12 @@ def run_guests(
     guests: Mapping[int, Guest],
     gate: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Weighted sums [R, D] over the guests that each row names by their number, -1 for none."""
+    """Weighted sums [R, D] over the guests that each row names by their number; other numbers add nothing."""
     present = list(guests.values())
-    index_N = torch.full((max(guests) + 1,), -1)
+    last = max(guests)
+    index_N = torch.full((last + 2,), -1)
     index_N[list(guests)] = torch.arange(len(present))
-    guests_RK = index_N.to(x_RD.device)[numbers_RK.clamp_min(0)].masked_fill_(numbers_RK < 0, -1)
+    guests_RK = index_N.to(x_RD.device)[numbers_RK.clamp(-1, last + 1)]  # -1 is the last, of which there is none
     dispatcher = LocalDispatcher(len(present))
     token_R, counts_S, state = dispatcher.route(guests_RK, weights_RK)
     up: Any = [guest.up_ND for guest in present]

@@ -317,6 +317,7 @@ class Stats:
     balance_tables: int = 0
     balance_early: int = 0
     balance_shared_rows: int = 0
+    balance_late: int = 0
     attention_ns: int = 0
     plan_ns: int = 0
     dispatch_ns: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from .balance import Balancer
 from .balanced_layer import BalancedLayer
 from .dispatch import Arrived
 from .group import RankGroup
-from .guests import run_guests, run_guests_on_all
+from .guests import Guest, run_guests, run_guests_on_all
 from .lookup import Lookups
 from .rank_dispatch import RankDispatcher
 from .row_format import RowFormat
@@ -57,11 +58,12 @@ class ParallelLayer:
             if balancer is not None
             else None
         )
+        self._by_plans = AllToAllDispatcher(
+            context.group, table, self._choose_degree, self._balance, lookups, lambda: context.budget
+        )
         self.dispatchers: dict[str, RankDispatcher] = {
             "all_gather": AllGatherDispatcher(context.group, table, lookups),
-            "all_to_all": AllToAllDispatcher(
-                context.group, table, self._choose_degree, self._balance, lookups, lambda: context.budget
-            ),
+            "all_to_all": self._by_plans,
         }
         self._row_bytes = (0, 0)
 
@@ -104,6 +106,7 @@ class ParallelLayer:
         if fill is not None:
             fill.finish()
         if self._balance is not None:
+            self._make_up(layer, x_TD, weights_TK, out_TD)
             self._balance.finish()
             assert context.balancer is not None
             context.balancer.begin(self.index, context.plan)
@@ -129,12 +132,26 @@ class ParallelLayer:
                 numbers_RK = torch.where(arrived.slots_RK >= layer.pool.num_slots, arrived.slots_RK, -1)
                 if numbers_RK.device.type == "cuda" and not self.context.plan.balanced:
                     return y_RD + run_guests_on_all(arrived.x_RD, numbers_RK, arrived.weights_RK, guests, layer.gate)
-                used_R = (numbers_RK >= 0).any(1).nonzero()[:, 0]
-                sums = run_guests(
-                    arrived.x_RD[used_R], numbers_RK[used_R], arrived.weights_RK[used_R], guests, layer.gate
-                )
-                y_RD.index_add_(0, used_R, sums)
+                _add_guests(y_RD, arrived, numbers_RK, guests, layer)
         return y_RD
+
+    def _make_up(self, layer: MoELayer, x_TD: torch.Tensor, weights_TK: torch.Tensor, out_TD: torch.Tensor) -> None:
+        """Adds what guests were to compute whose weights are late: their experts' homes compute it."""
+        balance, dispatcher = self._balance, self._by_plans
+        assert balance is not None
+        if (missed := balance.missed(dispatcher.routing)) is None:
+            return
+        for chunk in dispatcher.again(x_TD, weights_TK, missed, self.context.plan, balance.chunks_for):
+            chunk.send()
+            arrived = chunk.arrive()
+            slots_RK = arrived.slots_RK
+            with self.context.group.progress.span("experts"):
+                whole_RK = slots_RK.masked_fill(slots_RK >= layer.pool.num_slots, -1)
+                y_RD, _ = layer.run_local(arrived.x_RD, whole_RK, arrived.weights_RK, int((whole_RK >= 0).sum()))
+                for number, part in balance.late_parts():
+                    _add_guests(y_RD, arrived, torch.where(slots_RK == number, number, -1), {number: part}, layer)
+            chunk.give_back(y_RD)
+            chunk.add_to(out_TD)
 
     def _choose_degree(self, rows_PP: torch.Tensor, pairs_PE: torch.Tensor) -> int:
         """The degree for exact counts, the same on every rank: integers, and constants that all ranks hold."""
@@ -155,3 +172,12 @@ class ParallelLayer:
             experts_P=touched,
             pairs_P=pairs_P.tolist(),
         )
+
+
+def _add_guests(
+    y_RD: torch.Tensor, arrived: Arrived, numbers_RK: torch.Tensor, guests: Mapping[int, Guest], layer: MoELayer
+) -> None:
+    """Adds the weighted sums over the guests that these numbers name."""
+    used_R = (numbers_RK >= 0).any(1).nonzero()[:, 0]
+    sums = run_guests(arrived.x_RD[used_R], numbers_RK[used_R], arrived.weights_RK[used_R], guests, layer.gate)
+    y_RD.index_add_(0, used_R, sums)

@@ -99,3 +99,28 @@ def by_shares(
         slot_TK=slot_N.view_as(ids_TK),
         part_slot_PE=None if part_slot_PE is None else torch.from_numpy(part_slot_PE).to(device),
     )
+
+
+def instead(
+    routing: Routing,
+    whole_PE: np.ndarray,
+    part_E: np.ndarray,
+    rank_E: np.ndarray,
+    slot_E: np.ndarray,
+    part_slot_E: np.ndarray,
+) -> Routing:
+    """Only those choices that went to an expert at a rank as `whole_PE` says, or to a slice group as `part_E` says: to
+    `rank_E`, and the slots `slot_E` and `part_slot_E` there.
+    """
+    ids_TK, rank_TK = routing.ids_TK.clamp_min(0), routing.rank_TK
+    device = ids_TK.device
+    whole, part, rank, slot, part_slot = (
+        torch.from_numpy(it.copy()).to(device) for it in (whole_PE, part_E, rank_E, slot_E, part_slot_E)
+    )
+    sliced_TK = (rank_TK == SLICED) & part[ids_TK]
+    chosen_TK = sliced_TK | ((rank_TK >= 0) & whole[rank_TK.clamp_min(0), ids_TK])
+    return Routing(
+        ids_TK=routing.ids_TK,
+        rank_TK=torch.where(chosen_TK, rank[ids_TK], -1),
+        slot_TK=torch.where(chosen_TK, torch.where(sliced_TK, part_slot[ids_TK], slot[ids_TK]), -1),
+    )

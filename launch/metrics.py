@@ -99,6 +99,7 @@ _BALANCE = (
     ("early", "early_layers", "Planned layers whose weights set out before their router had spoken.", 1.0),
     ("tables", "tables", "Tables made of a window's counts for steps without plans.", 1.0),
     ("shared_rows", "shared_rows", "Tokens whose shared experts another rank computed.", 1.0),
+    ("late", "late_transfers", "Weight transfers that came too late; their experts' homes computed the rows.", 1.0),
 )
 """Fields of `Stats` without `balance_`, names without `moe_balance_`, texts, and the counters' unit."""
 

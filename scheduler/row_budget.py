@@ -78,6 +78,7 @@ class RowBudget:
                 fits = min(self.bytes_P) // self._worst // ranks * MOST_PARTS
                 raise ValueError(
                     f"max_batched_tokens is {tokens}; if all tokens of {ranks} ranks went to one rank's experts, it"
-                    f" would not have the memory for them: set --max-batched-tokens {max(fits, 1)} or less, or leave it more"
+                    f" would not have the memory for them: set --max-batched-tokens {max(fits, 1)} or less, or leave it"
+                    " more"
                 )
         return parts

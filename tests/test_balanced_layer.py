@@ -228,8 +228,9 @@ class Steps:
         self.layer = layer_of(table.slots_PS[group.position], bias=True)
         self.room = GuestRoom(slots * self.layer.cutter.nbytes(), self.layer.cutter, group.device)
         self.planner = native
-        self.plans = []
-        self.balancer = Balancer(group, self.make, self.room, node_P=[0] * group.size, rates=rates, **options)
+        self.plans, self.problems = [], []
+        options = {"node_P": [0] * group.size, **options}
+        self.balancer = Balancer(group, self.make, self.room, rates=rates, **options)
         self.context = StepContext(group, None, balancer=self.balancer)
         self.layers = [ParallelLayer(self.context, table, index, self.layer) for index in range(layers)]
         self.balancer.tables = DecodeTables(self.balancer, CHOICES, window)
@@ -249,6 +250,7 @@ class Steps:
         plan = self.planner(problem)
         check(problem, plan)
         self.plans.append(plan)
+        self.problems.append(problem)
         return plan
 
     def run(self, planner=None, index=0, dispatcher="all_to_all", seed=None, tokens_P=None):
@@ -272,7 +274,8 @@ class Steps:
         before = self.group.sent_weight_bytes, self.computed
         if index == 0:
             self.balancer.begin(-1, self.context.plan)
-        out = self.layers[index].run(self.layer, x, ids, mix)
+        with torch.inference_mode():
+            out = self.layers[index].run(self.layer, x, ids, mix)
         if not torch.allclose(out, wanted(x, ids, mix, True), rtol=1e-4, atol=1e-4):
             self.wrong.append(self.steps)
         return self.group.sent_weight_bytes - before[0], self.computed - before[1]
