@@ -9,7 +9,7 @@ import pytest
 from balance_problems import RATES, hot_loads, linear_homes, problem_of, problems, same, zipf_loads
 from hypothesis import given, settings
 
-from moeyard.scheduler.balance import search
+from moeyard.scheduler.balance import prices
 from moeyard.scheduler.balance.baselines import BASELINES
 from moeyard.scheduler.balance.model import arrivals, bound, price, rates_array
 from moeyard.scheduler.balance.plan import Plan, check, native
@@ -64,15 +64,15 @@ def test_the_compiled_price_is_the_models(problem: Problem) -> None:
     """Of plans that others made, too: transfers in any order, several to a rank, chunks."""
     for planner in BASELINES.values():
         made = planner(problem)
-        rows = np.zeros((len(made.transfers) + 1, search.COLUMNS), dtype=np.int64)
+        rows = np.zeros((len(made.transfers) + 1, prices.COLUMNS), dtype=np.int64)
         for i, t in enumerate(made.transfers):
             of_guest = made.rows_EP[t.expert, t.destination] if t.parts == 1 else made.sliced_E[t.expert]
             rows[i, :6] = (t.expert, t.source, t.destination, t.part, t.parts, of_guest)
         rates, count = rates_array(problem.rates), len(made.transfers)
-        search.arrive(rates, problem.expert_bytes, problem.node_P, problem.holds_PE, rows, count)
-        assert rows[:count, search.T_ARRIVAL].tolist() == arrivals(problem, made)
+        prices.arrive(rates, problem.expert_bytes, problem.node_P, problem.holds_PE, rows, count)
+        assert rows[:count, prices.T_ARRIVAL].tolist() == arrivals(problem, made)
         held_EP = np.where(problem.holds_PE.T > 0, made.rows_EP, 0)
-        ns = search.worst_ns(
+        ns = prices.worst_ns(
             rates, held_EP.sum(0), (held_EP > 0).sum(0), rows, count, made.chunks, np.zeros(problem.ranks, np.int64)
         )
         assert ns == price(problem, made) - (0 if made.is_native else problem.rates.plan_ns)

@@ -10,7 +10,8 @@ towards less time. Compiled; `model.bound` is the way in.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from .compiled import compiled
 
 WEIGHTS = np.array([2, 8])
 """Eighths in which the work of slices is counted where it is done; the rest is counted as the most that a group does.
@@ -19,13 +20,13 @@ STEPS = 800
 """Points of time that are looked at; more make the bound sharper."""
 
 
-@njit(cache=True)
+@compiled
 def _link_steps(expert_bytes, parts, alpha, rate, step_ns):
     size = -(-expert_bytes // parts)
     return (alpha + -(-(size * rate) // 1_000_000)) // step_ns
 
 
-@njit(cache=True)
+@compiled
 def _gain(work, left, parts, expert, row, wire, guest):
     """Work of one expert (all of it is `work`) that 1/parts of its columns get done in the time that is left."""
     left -= guest
@@ -36,7 +37,7 @@ def _gain(work, left, parts, expert, row, wire, guest):
     return min(left, work // parts + 1)
 
 
-@njit(cache=True)
+@compiled
 def _spread(
     work, count, step_ns, most_parts, expert_bytes, expert, row, wire, guest, na, nr, fa, fr, most_steps, weight, out
 ):
@@ -87,7 +88,7 @@ def _spread(
         out[1, n] = min(out[1, n], work)
 
 
-@njit(cache=True)
+@compiled
 def _all_left(bytes_near, bytes_far, near_alpha, far_alpha, near, far):
     """The first time by which all of an expert can have left `near` links and `far` bundles together."""
     low, high = np.int64(0), near_alpha + bytes_near + 1
@@ -102,7 +103,7 @@ def _all_left(bytes_near, bytes_far, near_alpha, far_alpha, near, far):
     return max(np.int64(0), low - 1)
 
 
-@njit(cache=True)
+@compiled
 def _tables(work, count, step_ns, most_parts, expert_bytes, rates, row, most_steps, outs):
     """`_spread` for each of WEIGHTS, and last without what a guest costs besides its rows: what is done of it before a
     time must not be counted as less than it is.
@@ -118,7 +119,7 @@ def _tables(work, count, step_ns, most_parts, expert_bytes, rates, row, most_ste
     )
 
 
-@njit(cache=True)
+@compiled
 def _possible(t, need, inside, helpers, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
     """Whether ranks with `need` work more than they may keep can be done by t ns."""
     need -= inside * t * 1000
@@ -137,7 +138,7 @@ def _possible(t, need, inside, helpers, near, far, outs, kind, step_ns, hidden, 
     return True
 
 
-@njit(cache=True)
+@compiled
 def _least(low, high, need, inside, helpers, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
     """The least time that is possible; `high` if none up to it is."""
     if _possible(low, need, inside, helpers, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
@@ -151,7 +152,7 @@ def _least(low, high, need, inside, helpers, near, far, outs, kind, step_ns, hid
     return low
 
 
-@njit(cache=True)
+@compiled
 def _left_by(j, rates, bytes_near, bytes_far, links, bundles, one_holder):
     """A time by which j experts cannot all have left ranks with so many near links and bundles, in ns; at the earliest
     then has somebody else all of the j-th. An expert of one holder leaves over one near link.
@@ -168,7 +169,7 @@ def _left_by(j, rates, bytes_near, bytes_far, links, bundles, one_holder):
     return max(even, _all_left(j * bytes_near, j * bytes_far, rates[4], rates[6], links, bundles))
 
 
-@njit(cache=True)
+@compiled
 def _can_leave(t, need, touched, loads, n, inside, helpers, rates, row, left_J):
     """Whether ranks that alone hold `n` experts can be done by t ns, when the j-th has left at left_J[j - 1].
 
@@ -190,7 +191,7 @@ def _can_leave(t, need, touched, loads, n, inside, helpers, rates, row, left_J):
     return need <= 0
 
 
-@njit(cache=True)
+@compiled
 def _leaving_ns(best, high, loads, n, inside, links, bundles, one_holder, ranks, rates, row, bytes_near, bytes_far):
     """The least time by which ranks can be done that alone hold `n` experts; `loads` in descending order."""
     need = row * loads[:n].sum()
@@ -209,7 +210,7 @@ def _leaving_ns(best, high, loads, n, inside, links, bundles, one_holder, ranks,
     return low
 
 
-@njit(cache=True)
+@compiled
 def _fit(experts_n, most, pinned, holds_PE):
     """Whether each of the `pinned` experts finds a place on a rank that holds it, `most` on each: a matching."""
     ranks = holds_PE.shape[0]
@@ -248,7 +249,7 @@ def _fit(experts_n, most, pinned, holds_PE):
     return True
 
 
-@njit(cache=True)
+@compiled
 def _splits_fit(t, places, loads, n, ranks, row):
     """Whether `n` experts (`loads` in descending order) that stay where they are can be done by t ns on ranks with
     `places` each. An expert with y places takes y - 1 of the spare ones; beside it are the smallest experts, or another
@@ -274,7 +275,7 @@ def _splits_fit(t, places, loads, n, ranks, row):
     return used <= spare
 
 
-@njit(cache=True)
+@compiled
 def _streaming_ns(best, high, loads_E, holds_PE, node_P, rates, row, bytes_near, bytes_far):
     """The least time in which the ranks can stream the experts that cannot have left all of their holders by then."""
     ranks, experts = holds_PE.shape
@@ -306,7 +307,7 @@ def _streaming_ns(best, high, loads_E, holds_PE, node_P, rates, row, bytes_near,
     return low
 
 
-@njit(cache=True)
+@compiled
 def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
     """Nanoseconds after `base`."""
     experts = len(loads_E)
