@@ -38,6 +38,50 @@ def _whole(rates, loads_E, several, holders_EP, count_E, split_EP, rows_P, touch
 
 
 @compiled
+def _level(several, holders_EP, count_E, split_EP, rows_P, touched_P):
+    """Fewer experts on the ranks that have most: whole experts each to another holder, in chains that end at a rank
+    which has two fewer. The shortest chains first; the end is optimal, as in any matching.
+    """
+    ranks = len(rows_P)
+    queue = np.empty(ranks, dtype=np.int64)
+    came_from, came_with = np.empty(ranks, dtype=np.int64), np.empty(ranks, dtype=np.int64)
+    for _ in range(len(several)):
+        most = touched_P.max()
+        end = 0
+        for p in range(ranks):
+            came_from[p] = -1
+            if touched_P[p] == most:
+                queue[end], came_from[p] = p, p
+                end += 1
+        at, last = 0, -1
+        while at < end and last < 0:
+            p = queue[at]
+            at += 1
+            for e in several:
+                if split_EP[e, p] == 0:
+                    continue
+                for i in range(count_E[e]):
+                    q = holders_EP[e, i]
+                    if came_from[q] < 0 and last < 0:
+                        came_from[q], came_with[q] = p, e
+                        queue[end] = q
+                        end += 1
+                        if touched_P[q] <= most - 2:
+                            last = q
+        if last < 0:
+            return
+        while came_from[last] != last:
+            p, e = came_from[last], came_with[last]
+            rows = split_EP[e, p]
+            split_EP[e, p], split_EP[e, last] = 0, rows
+            rows_P[p] -= rows
+            rows_P[last] += rows
+            touched_P[p] -= 1
+            touched_P[last] += 1
+            last = p
+
+
+@compiled
 def _pour(loads_E, several, holders_EP, count_E, split_EP, rows_P, touched_P):
     """Each expert with several holders over them like water, again and again until nothing moves: LPLB's linear
     programme, one expert at a time.
@@ -140,7 +184,7 @@ def with_several_holders(loads_E, holds_PE):
 def over_holders(rates, loads_E, holds_PE, several, native_EP, native_rows, native_touched, most_rows_P, best_ns):
     """The best split of the rows over the ranks that hold the experts, if it is better than `best_ns`: its price
     (without `plan_ns`), split_EP, rows_P and touched_P. By water (LPLB), by least time (TEMPO), by fewest experts
-    (METRO), and native; each refined.
+    (METRO, made optimal), and native; each refined.
     """
     experts, ranks = native_EP.shape
     holders_EP = np.empty((experts, ranks), dtype=np.int64)
@@ -159,6 +203,8 @@ def over_holders(rates, loads_E, holds_PE, several, native_EP, native_rows, nati
             _pour(loads_E, several, holders_EP, count_E, split_EP, rows_P, touched_P)
         elif start < 3:
             _whole(rates, loads_E, several, holders_EP, count_E, split_EP, rows_P, touched_P, start == 2)
+            if start == 2:
+                _level(several, holders_EP, count_E, split_EP, rows_P, touched_P)
         _refine(rates, several, holders_EP, count_E, split_EP, rows_P, touched_P, 2 * ranks)
         ns = worst_ns(rates, rows_P, touched_P, none, np.int64(0), chunks_for(rows_P, most_rows_P), done_P)
         if ns < best_ns:

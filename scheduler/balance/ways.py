@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compiled import compiled
+from .groups import OVER_BOTH
 from .moving import attempt
 from .moving_state import LEFT, MOST_ROWS, ROWS, S_EXPERT, S_NEXT, S_RANK, S_ROWS, TOUCHED, Aim, Segments, new_state
 from .prices import BASE, MOST, NODES, PS, T_DESTINATION, T_ROWS, chunks_for, copy, worst_ns
@@ -18,10 +19,12 @@ WAYS = np.array(
         (0, 0, 0, 0),
         (0, 0, 0, 1),
         (1, 0, 0, 1),
+        (3, 0, 0, 1),
         (1, 0, 0, 0),
         (1, 1, 0, 1),
         (1, 2, 0, 1),
         (2, 0, 0, 1),
+        (3, 0, 2, 1),
         (1, 0, 2, 1),
         (1, 0, 4, 1),
         (1, 0, 5, 1),
@@ -38,9 +41,9 @@ WAYS = np.array(
     ],
     dtype=np.int64,
 )
-"""How weights move, in the columns above: whole experts, slices too (1), slices over near and far links together (2);
-one transfer brings at most 1/2 ** QUANTUM of the goal (0: no limit); slices only after LATER eighths of it; whether a
-node sends away what it has too much of together, so that a rank can give more than it must and then take from others.
+"""How weights move, in the columns above: whole experts, and slices (`groups.OVER_ONE`, `OVER_BOTH`, `OVER_ALL`); one
+transfer brings at most 1/2 ** QUANTUM of the goal (0: no limit); slices only after LATER eighths of it; whether a node
+sends away what it has too much of together, so that a rank can give more than it must and then take from others.
 """
 
 LEAST_BUDGET = 350_000
@@ -109,7 +112,7 @@ def by_transfers(split_EP, rows_P, touched_P, layer, mean, best_ns, budget, spen
     stamp = np.int64(0)
     best_count, chunks = np.int64(-1), np.int64(1)
     for way in range(len(WAYS)):
-        if rates[NODES] == 1 and (WAYS[way, SLICES] == 2 or way == 1 or way == 3):
+        if rates[NODES] == 1 and (WAYS[way, SLICES] == OVER_BOTH or way == 1 or (way and not WAYS[way, POOLED])):
             continue  # the same as another
         low, high = mean, (best_ns - rates[BASE]) * PS
         for step in range(14):
