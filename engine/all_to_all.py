@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..scheduler.cost import DEGREES
+from ..scheduler.choices import DEGREES
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable
 from .dispatch import Arrived, Chunk, PlanMismatch

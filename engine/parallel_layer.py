@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..scheduler.cost import Constants, choose_degree
+from ..scheduler.choices import choose_degree
+from ..scheduler.cost import Constants
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable
 from .all_gather import AllGatherDispatcher

@@ -273,7 +273,7 @@ def attempt(aim, layer, segments, state, stamp, spent):
             when, first = _inside(about_P, links_L, offers_O, origins, offers, forced, forced_node)
             if first >= 0:
                 start, at, far, spreading = when, first, 0, True
-            forced = -1
+            forced = np.int64(-1)
         if at < 0 or start * PS >= aim.goal:
             break
         p, s = offers_O[O_RANK, at], offers_O[O_SEGMENT, at]

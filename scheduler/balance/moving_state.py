@@ -55,11 +55,11 @@ class Segments(NamedTuple):
 class Aim(NamedTuple):
     """What an attempt is to reach, and how: see `ways.WAYS`."""
 
-    goal: int
-    quantum: int
-    slices: int
-    later: int
-    pooled: int
+    goal: np.int64
+    quantum: np.int64
+    slices: np.int64
+    later: np.int64
+    pooled: np.int64
 
 
 class State(NamedTuple):
