@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..scheduler.cost import DEGREES
+from ..scheduler.choices import DEGREES
 from ..scheduler.row_budget import LEAST_PARTS as EIGHTHS
 from ..scheduler.row_budget import RowBudget
 from ..scheduler.step_plan import StepPlan

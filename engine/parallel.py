@@ -22,7 +22,7 @@ import torch
 from .. import __version__
 from ..scheduler import cost, placement
 from ..scheduler.balance.baselines import PLANNERS, UNCAPPED, Planner
-from ..scheduler.cost import DEGREES, DISPATCHERS, choose_step
+from ..scheduler.choices import DEGREES, DISPATCHERS, choose_step
 from ..scheduler.row_budget import RowBudget
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import EMPTY, ExpertTable

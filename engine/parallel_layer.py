@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..scheduler.cost import Constants, choose_degree
+from ..scheduler.choices import choose_degree
+from ..scheduler.cost import Constants
 from ..scheduler.row_budget import RowBudget
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from ..engine.messages import Stats
 from ..engine.progress import PHASES
-from ..scheduler.cost import DISPATCHERS
+from ..scheduler.choices import DISPATCHERS
 from ..scheduler.placement import imbalance
 from ..scheduler.table import ExpertTable
 

@@ -1,5 +1,5 @@
 """The cost model, the one place that turns bytes and tokens into time: how long a MoE layer's exchanges, experts and
-weight transfers take, and how its rows are to travel.
+weight transfers take. `choices` chooses by it.
 
 Constants are measured on this machine and fitted (`fit`); the ranks exchange them and take the worst of each, so that
 all hold the same. From then on everything is integers with explicit tie-breaks: every rank makes the same choice.
@@ -17,14 +17,10 @@ from operator import index
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from .balance.problem import FS, PS, Rates
 
-DISPATCHERS = ("all_gather", "all_to_all")  # in the order in which they win ties
-DEGREES = (1, 2, 4, 8)
-_COUNT_BYTES = 4  # the counts exchange is int32
-_ONE = 1 << 40  # 1.0 in the fixed-point numbers of `_touched`
+COUNT_BYTES = 4  # the counts exchange is int32
+_ONE = 1 << 40  # 1.0 in the fixed-point numbers of `touched`
 
 
 def _ceil_div(value: int, by: int) -> int:
@@ -168,36 +164,7 @@ def _parts(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How a step's MoE layers exchange rows, its time per layer, and every (dispatcher, degree, ns) that was priced."""
-
-    dispatcher: str
-    degree: int
-    modelled_ns: int
-    alternatives: tuple[tuple[str, int, int], ...]
-
-
 # From constants to times
-
-
-def pipeline_ns(degree: int, dispatch_ns: int, experts_ns: int, combine_ns: int) -> int:
-    """Time of a layer in `degree` equal chunks, given the time of each stage of one chunk.
-
-    The schedule that the layer runs: dispatch 0 is posted; then for each chunk c dispatch c+1 is posted, dispatch c
-    waited for, the experts run, combine c is posted; at the end all combines are waited for. Dispatches and combines
-    share one link and take it in the order in which they were posted; experts run beside it.
-    """
-    link = arrived = dispatch_ns
-    computed = 0
-    for chunk in range(degree):
-        next_arrived = 0
-        if chunk + 1 < degree:
-            link = next_arrived = link + dispatch_ns
-        computed = max(computed, arrived) + experts_ns
-        link = max(link, computed) + combine_ns
-        arrived = next_arrived
-    return link
 
 
 def expected_rows(
@@ -208,7 +175,7 @@ def expected_rows(
     A token goes once to each other rank that has an expert of it, so to one with m experts with a probability of
     1 - C(experts - m, top_k) / C(experts, top_k). Exact, then rounded up.
     """
-    tokens_P, top_k, experts, ranks = _counts(tokens_P, "tokens_P"), index(top_k), index(experts), index(ranks)
+    tokens_P, top_k, experts, ranks = rank_counts(tokens_P, "tokens_P"), index(top_k), index(experts), index(ranks)
     if len(tokens_P) != ranks:
         raise ValueError(f"tokens_P has {len(tokens_P)} ranks, not {ranks}")
     hits_P, ways = _hits(top_k, experts, ranks)
@@ -232,7 +199,7 @@ def _hits(top_k: int, experts: int, ranks: int) -> tuple[tuple[int, ...], int]:
     return tuple(ways - comb(experts - size, top_k) for size in sizes_P), ways
 
 
-def _touched(here: int, tokens: int, top_k: int, experts: int) -> int:
+def touched(here: int, tokens: int, top_k: int, experts: int) -> int:
     """How many of `here` experts `tokens` tokens touch under uniform routing, in expectation, rounded up.
 
     (1 - top_k / experts) ** tokens in fixed point: a float power may differ in its last bit from machine to machine.
@@ -273,7 +240,7 @@ def rates(
     here = _ceil_div(experts, ranks)
     bytes_fs = (index(row_bytes) + index(row_bytes_back)) * c.all_to_all.fs_per_byte
     wire_ps = _ceil_div(bytes_fs * hits_P[0] * experts * (ranks - 1), ways * top_k * here * ranks * FS // PS)
-    counts_ns = c.small.time_ns((ranks - 1) * experts * _COUNT_BYTES) if ranks > 1 else 0
+    counts_ns = c.small.time_ns((ranks - 1) * experts * COUNT_BYTES) if ranks > 1 else 0
     return Rates(
         base_ns=c.experts.base_ns + counts_ns + (2 * c.all_to_all.alpha_ns if ranks > 1 else 0),
         expert_ps=c.experts.per_expert_ns * PS,
@@ -321,121 +288,7 @@ def median_error(pairs: Iterable[tuple[int, int]]) -> float:
     return median(errors)
 
 
-# From times to choices
-
-
-def choose_step(
-    constants: Constants,
-    tokens_P: Sequence[int],
-    *,
-    row_bytes: int,
-    top_k: int,
-    experts: int,
-    row_bytes_back: int | None = None,
-    allowed: Sequence[str] = DISPATCHERS,
-    degrees: Sequence[int] = DEGREES,
-) -> Choice:
-    """The dispatcher and the number of chunks for a step, before any routing is known.
-
-    `all_gather`: all ranks' tokens come in and the partial sums are reduce-scattered out, both padded to the rank with
-    the most tokens. `all_to_all`: the counts exchange, then rows out and rows back under uniform routing.
-
-    Args:
-        tokens_P: tokens of each rank in this step.
-        row_bytes: of one row on its way to the experts, with what travels along (ids, weights).
-        row_bytes_back: of one row on its way home; as `row_bytes` unless given.
-        allowed: one name forces it.
-        degrees: numbers of chunks to consider.
-
-    Returns:
-        The smallest modelled time; on a tie fewer chunks, then all_gather.
-    """
-    tokens_P, top_k, experts = _counts(tokens_P, "tokens_P"), index(top_k), index(experts)
-    row_bytes = index(row_bytes)
-    back = row_bytes if row_bytes_back is None else index(row_bytes_back)
-    if not allowed or not set(allowed) <= set(DISPATCHERS):
-        raise ValueError(f"allowed is {tuple(allowed)}; choose one or more of {', '.join(DISPATCHERS)}")
-    ranks, c = len(tokens_P), constants
-    here = _ceil_div(experts, ranks)  # on the rank that has the most
-    alternatives = []
-    for degree in _check_degrees(degrees):
-        chunk_P = [_ceil_div(tokens, degree) for tokens in tokens_P]
-        sent_P, received_P = expected_rows(chunk_P, top_k, experts, ranks)
-        pairs = _ceil_div(sum(chunk_P) * top_k * here, experts)
-        compute = c.experts.time_ns(_touched(here, sum(chunk_P), top_k, experts), pairs)
-        for dispatcher in (name for name in DISPATCHERS if name in allowed):
-            exchange = out = home = 0
-            if ranks > 1 and dispatcher == "all_gather":
-                rows = (ranks - 1) * max(chunk_P)
-                out, home = c.all_gather.time_ns(rows * row_bytes), c.reduce_scatter.time_ns(rows * back)
-            elif ranks > 1:
-                rows = max(sent_P + received_P)
-                exchange = c.small.time_ns((ranks - 1) * experts * _COUNT_BYTES)
-                out, home = c.all_to_all.time_ns(rows * row_bytes), c.all_to_all.time_ns(rows * back)
-            alternatives.append((dispatcher, degree, exchange + pipeline_ns(degree, out, compute, home)))
-    best = min(alternatives, key=lambda choice: choice[2])  # the first of equals, so their order is the tie-break
-    return Choice(*best, tuple(alternatives))
-
-
-def choose_degree(
-    constants: Constants,
-    rows_out_PP: Sequence[Sequence[int]] | np.ndarray,
-    *,
-    row_bytes_out: int,
-    row_bytes_back: int,
-    experts_P: Sequence[int],
-    pairs_P: Sequence[int],
-    degrees: Sequence[int] = DEGREES,
-) -> int:
-    """In how many chunks to run one all-to-all layer, from the exact loads that the counts exchange gave.
-
-    FSMoE's choice of the pipeline degree, corrected for skew: a collective, and so the layer, ends when its slowest
-    member does, so each stage takes as long as on the rank that has the most of it, not as on the mean one. Each chunk
-    streams the weights of the same experts again, which a purely linear cost would hide.
-
-    Args:
-        rows_out_PP: rows from each rank (first index) to each; what stays at home (the diagonal) costs nothing.
-        experts_P: experts with at least one row, on each rank.
-        pairs_P: (token, expert) pairs that each rank computes.
-
-    Returns:
-        The degree with the smallest modelled time; on a tie the smallest.
-    """
-    matrix = np.asarray(rows_out_PP)
-    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] > 0
-    if not square or matrix.dtype.kind not in "iu" or matrix.min() < 0:
-        raise ValueError("rows_out_PP must be a square matrix of counts, a row for each sending rank")
-    matrix = matrix.astype(np.int64)  # a copy
-    np.fill_diagonal(matrix, 0)
-    busiest = int(max(matrix.sum(0).max(), matrix.sum(1).max()))
-    experts_P, pairs_P = _counts(experts_P, "experts_P"), _counts(pairs_P, "pairs_P")
-    if not len(matrix) == len(experts_P) == len(pairs_P):
-        raise ValueError(f"experts_P has {len(experts_P)} and pairs_P {len(pairs_P)} ranks, not {len(matrix)}")
-
-    def time_ns(degree: int) -> int:
-        rows_P = [_ceil_div(pairs, degree) for pairs in pairs_P]
-        # A chunk touches the same experts as the whole, unless it has too few rows for that. The cost is the larger of
-        # two terms, so the largest of all ranks is that of the two terms' largest.
-        compute = constants.experts.time_ns(max(map(min, experts_P, rows_P)), max(rows_P))
-        out = home = 0
-        if len(matrix) > 1:
-            rows = _ceil_div(busiest, degree)
-            out = constants.all_to_all.time_ns(rows * index(row_bytes_out))
-            home = constants.all_to_all.time_ns(rows * index(row_bytes_back))
-        return pipeline_ns(degree, out, compute, home)
-
-    return min(_check_degrees(degrees), key=time_ns)  # ascending, and min takes the first of equals
-
-
-def _check_degrees(degrees: Sequence[int]) -> list[int]:
-    """Each once, ascending."""
-    checked = sorted({index(degree) for degree in degrees})
-    if not checked or checked[0] < 1:
-        raise ValueError(f"degrees is {tuple(degrees)}; give one or more numbers from 1 up")
-    return checked
-
-
-def _counts(values: Sequence[int], name: str) -> tuple[int, ...]:
+def rank_counts(values: Sequence[int], name: str) -> tuple[int, ...]:
     """Plain integers: numpy's would overflow in products of tokens and bytes."""
     counts = tuple(map(index, values))
     if not counts or min(counts) < 0:

@@ -159,3 +159,20 @@ def test_faster_links_never_raise_it() -> None:
 def test_a_bundle_to_other_nodes_is_one_more_way_out() -> None:
     loads = hot_loads(64, 30_000, 0.6, 4)
     assert bound(problem_of(loads, 8, ranks_per_node=4, rates=RATES)) < bound(problem_of(loads, 8, rates=RATES))
+
+
+def test_an_expert_with_many_rows_is_streamed_by_several_ranks() -> None:
+    """Two ranks hold all: 15 experts of one row, and one whose rows take as long as all the streaming. It is streamed
+    twice, by slices or whole, wherever it is.
+    """
+    rates = replace(SIMPLE, expert_ps=10 * NS)
+    held = np.ones((2, 16), dtype=int)
+    problem = problem_of([150] + [1] * 15, 2, holds_PE=held, home_E=[0] * 16, rates=rates, expert_bytes=100_000)
+    assert bound(problem) >= 85_000
+
+
+def test_an_expert_cannot_be_streamed_elsewhere_before_it_is_there() -> None:
+    """Three experts of 10 us each on rank 0, and a transfer takes 25: it comes too late to save the third stream."""
+    rates = replace(SIMPLE, row_ps=0, expert_ps=10 * NS)
+    problem = problem_of([1] * 3, 2, home_E=[0, 0, 0], rates=rates, expert_bytes=25_000)
+    assert bound(problem) == price(problem, native(problem)) == 30_000

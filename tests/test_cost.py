@@ -13,19 +13,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moeyard.scheduler.balance.problem import Rates
+from moeyard.scheduler.choices import DEGREES, DISPATCHERS, Choice, choose_degree, choose_step, pipeline_ns
 from moeyard.scheduler.cost import (
-    DEGREES,
-    DISPATCHERS,
-    Choice,
     Constants,
     ExpertCost,
     LinkCost,
     RankConstants,
-    choose_degree,
-    choose_step,
     expected_rows,
     median_error,
-    pipeline_ns,
     rates,
 )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from balance_problems import RATES, hot_loads, linear_homes, problem_of, problems, same, zipf_loads
 from hypothesis import given, settings
 
-from moeyard.scheduler.balance import search
+from moeyard.scheduler.balance import bound as bound_module
+from moeyard.scheduler.balance import compiled, moving, prices, search
 from moeyard.scheduler.balance.baselines import BASELINES
 from moeyard.scheduler.balance.model import arrivals, bound, price, rates_array
 from moeyard.scheduler.balance.plan import Plan, check, native
@@ -64,15 +66,15 @@ def test_the_compiled_price_is_the_models(problem: Problem) -> None:
     """Of plans that others made, too: transfers in any order, several to a rank, chunks."""
     for planner in BASELINES.values():
         made = planner(problem)
-        rows = np.zeros((len(made.transfers) + 1, search.COLUMNS), dtype=np.int64)
+        rows = np.zeros((len(made.transfers) + 1, prices.COLUMNS), dtype=np.int64)
         for i, t in enumerate(made.transfers):
             of_guest = made.rows_EP[t.expert, t.destination] if t.parts == 1 else made.sliced_E[t.expert]
             rows[i, :6] = (t.expert, t.source, t.destination, t.part, t.parts, of_guest)
         rates, count = rates_array(problem.rates), len(made.transfers)
-        search.arrive(rates, problem.expert_bytes, problem.node_P, problem.holds_PE, rows, count)
-        assert rows[:count, search.T_ARRIVAL].tolist() == arrivals(problem, made)
+        prices.arrive(rates, problem.expert_bytes, problem.node_P, problem.holds_PE, rows, count)
+        assert rows[:count, prices.T_ARRIVAL].tolist() == arrivals(problem, made)
         held_EP = np.where(problem.holds_PE.T > 0, made.rows_EP, 0)
-        ns = search.worst_ns(
+        ns = prices.worst_ns(
             rates, held_EP.sum(0), (held_EP > 0).sum(0), rows, count, made.chunks, np.zeros(problem.ranks, np.int64)
         )
         assert ns == price(problem, made) - (0 if made.is_native else problem.rates.plan_ns)
@@ -252,3 +254,40 @@ def test_homes_anywhere() -> None:
     home_E = linear_homes(40, 8)[np.random.default_rng(0).permutation(40)]
     problem = task([1000] * 4 + [10] * 36, 8, home_E=home_E)
     check(problem, plan(problem))
+
+
+def test_all_that_have_an_expert_send_its_parts() -> None:
+    """Two ranks hold the hot expert, and a transfer takes a third of its work: half of the parts come from each."""
+    held = np.zeros((8, 8), dtype=int)
+    held[np.arange(8), np.arange(8)] = 1
+    held[1, 0] = 1
+    made = plan(task([1200] + [0] * 7, 8, holds_PE=held, home_E=list(range(8)), expert_bytes=400_000))
+    parts = [source for _, source, _, parts in sent(made) if parts > 1]
+    assert set(parts) == {0, 1}
+
+
+def test_streamed_experts_are_spread_like_a_matching() -> None:
+    """Each rank has two experts of its own and rank 3 one; that rank 0's third can go there takes a chain of moves."""
+    rates = replace(SIMPLE, expert_ps=100_000 * 1000)
+    held = np.zeros((4, 10), dtype=int)
+    for rank in range(4):
+        held[rank, 2 * rank : 2 * rank + 2] = 1
+    held[3, 7] = 0
+    held[0, 7:10] = 1  # 7, 8, 9: rank 0 has five
+    held[1, 7] = 1
+    held[2, 8] = held[1, 8] = 1
+    held[3, 9] = held[2, 9] = 1
+    home_E = [0, 0, 1, 1, 2, 2, 3, 0, 0, 0]
+    made = plan(task([1] * 10, 4, holds_PE=held, home_E=home_E, rates=rates, room=0))
+    assert sorted((made.rows_EP > 0).sum(0)) == [2, 2, 3, 3]
+
+
+def test_machine_code_is_kept_by_a_digest_of_the_whole_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "b.py").write_text("2")
+    before = compiled.digest(tmp_path)
+    (tmp_path / "b.py").write_text("3")
+    assert compiled.digest(tmp_path) != before
+    here = compiled.digest(Path(compiled.__file__).parent)
+    for function in (search.search, moving.attempt, bound_module.least_ns):
+        assert here in str(function.stats.cache_path)

@@ -10,7 +10,10 @@ towards less time. Compiled; `model.bound` is the way in.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from .compiled import compiled
+from .leaving import all_left, leaving_ns, link_steps
+from .streaming import streaming_ns
 
 WEIGHTS = np.array([2, 8])
 """Eighths in which the work of slices is counted where it is done; the rest is counted as the most that a group does.
@@ -19,13 +22,7 @@ STEPS = 800
 """Points of time that are looked at; more make the bound sharper."""
 
 
-@njit(cache=True)
-def _link_steps(expert_bytes, parts, alpha, rate, step_ns):
-    size = -(-expert_bytes // parts)
-    return (alpha + -(-(size * rate) // 1_000_000)) // step_ns
-
-
-@njit(cache=True)
+@compiled
 def _gain(work, left, parts, expert, row, wire, guest):
     """Work of one expert (all of it is `work`) that 1/parts of its columns get done in the time that is left."""
     left -= guest
@@ -36,7 +33,7 @@ def _gain(work, left, parts, expert, row, wire, guest):
     return min(left, work // parts + 1)
 
 
-@njit(cache=True)
+@compiled
 def _spread(
     work, count, step_ns, most_parts, expert_bytes, expert, row, wire, guest, na, nr, fa, fr, most_steps, weight, out
 ):
@@ -47,13 +44,13 @@ def _spread(
     All parts of an expert compute the same rows, so none has more time than the last one to arrive, `most_steps`.
     What parts do counts `weight` eighths.
     """
-    near1 = _link_steps(expert_bytes, 1, na, nr, step_ns)
-    far1 = _link_steps(expert_bytes, 1, fa, fr, step_ns)
+    near1 = link_steps(expert_bytes, 1, na, nr, step_ns)
+    far1 = link_steps(expert_bytes, 1, fa, fr, step_ns)
     near_k = np.empty(most_parts + 1, dtype=np.int64)
     far_k = np.empty(most_parts + 1, dtype=np.int64)
     for k in range(1, most_parts + 1):
-        near_k[k] = _link_steps(expert_bytes, k, na, nr, step_ns)
-        far_k[k] = _link_steps(expert_bytes, k, fa, fr, step_ns)
+        near_k[k] = link_steps(expert_bytes, k, na, nr, step_ns)
+        far_k[k] = link_steps(expert_bytes, k, fa, fr, step_ns)
     out[:, 0] = 0
     for n in range(1, count + 1):
         for i in range(4):
@@ -87,22 +84,7 @@ def _spread(
         out[1, n] = min(out[1, n], work)
 
 
-@njit(cache=True)
-def _all_left(bytes_near, bytes_far, near_alpha, far_alpha, near, far):
-    """The first time by which all of an expert can have left `near` links and `far` bundles together."""
-    low, high = np.int64(0), near_alpha + bytes_near + 1
-    while low < high:
-        middle = (low + high) // 2
-        sent = near * max(np.int64(0), middle - near_alpha) / max(np.int64(1), bytes_near)
-        sent += far * max(np.int64(0), middle - far_alpha) / max(np.int64(1), bytes_far)
-        if sent >= 1:
-            high = middle
-        else:
-            low = middle + 1
-    return max(np.int64(0), low - 1)
-
-
-@njit(cache=True)
+@compiled
 def _tables(work, count, step_ns, most_parts, expert_bytes, rates, row, most_steps, outs):
     """`_spread` for each of WEIGHTS, and last without what a guest costs besides its rows: what is done of it before a
     time must not be counted as less than it is.
@@ -118,7 +100,7 @@ def _tables(work, count, step_ns, most_parts, expert_bytes, rates, row, most_ste
     )
 
 
-@njit(cache=True)
+@compiled
 def _possible(t, need, inside, helpers, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
     """Whether ranks with `need` work more than they may keep can be done by t ns."""
     need -= inside * t * 1000
@@ -137,7 +119,7 @@ def _possible(t, need, inside, helpers, near, far, outs, kind, step_ns, hidden, 
     return True
 
 
-@njit(cache=True)
+@compiled
 def _least(low, high, need, inside, helpers, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
     """The least time that is possible; `high` if none up to it is."""
     if _possible(low, need, inside, helpers, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
@@ -151,162 +133,7 @@ def _least(low, high, need, inside, helpers, near, far, outs, kind, step_ns, hid
     return low
 
 
-@njit(cache=True)
-def _left_by(j, rates, bytes_near, bytes_far, links, bundles, one_holder):
-    """A time by which j experts cannot all have left ranks with so many near links and bundles, in ns; at the earliest
-    then has somebody else all of the j-th. An expert of one holder leaves over one near link.
-    """
-    near, far = rates[4] + bytes_near, rates[6] + bytes_far
-    if links == 0:
-        return j * far // bundles
-    if bundles == 0:
-        return (j + links - 1) // links * near if one_holder else j * near // links
-    # Whatever share of an expert goes over a link, the link is busy for that share of a whole transfer at least.
-    if near == 0 or far == 0:
-        return np.int64(0)
-    even = np.int64(j / (links / near + bundles / far) * (1 - 1e-9))
-    return max(even, _all_left(j * bytes_near, j * bytes_far, rates[4], rates[6], links, bundles))
-
-
-@njit(cache=True)
-def _can_leave(t, need, touched, loads, n, inside, helpers, rates, row, left_J):
-    """Whether ranks that alone hold `n` experts can be done by t ns, when the j-th has left at left_J[j - 1].
-
-    An expert that stays in part is streamed, so as many as are too many for that must leave as a whole. The work on an
-    expert elsewhere is at most its rows', and at most what all helpers do once all of it has left.
-    """
-    if rates[1]:
-        gone = touched - inside * (t * 1000 // rates[1])
-        if gone > 0 and max(np.int64(0), left_J[gone - 1] - rates[8]) + rates[9] + rates[1] // (helpers * 1000) > t:
-            return False
-    need -= inside * t * 1000
-    for j in range(n):
-        if need <= 0:
-            return True
-        time = t - max(np.int64(0), left_J[j] - rates[8]) - rates[9]
-        if time <= 0:
-            return False
-        need -= min(loads[j] * row, helpers * time * 1000)
-    return need <= 0
-
-
-@njit(cache=True)
-def _leaving_ns(best, high, loads, n, inside, links, bundles, one_holder, ranks, rates, row, bytes_near, bytes_far):
-    """The least time by which ranks can be done that alone hold `n` experts; `loads` in descending order."""
-    need = row * loads[:n].sum()
-    if need <= inside * best * 1000 and rates[1] * n <= inside * best * 1000:
-        return best
-    left_J = np.empty(n, dtype=np.int64)
-    for j in range(n):
-        left_J[j] = _left_by(j + 1, rates, bytes_near, bytes_far, links, bundles, one_holder)
-    low = best
-    while low < high:
-        middle = (low + high) // 2
-        if _can_leave(middle, need, n, loads, n, inside, ranks - inside, rates, row, left_J):
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-@njit(cache=True)
-def _fit(experts_n, most, pinned, holds_PE):
-    """Whether each of the `pinned` experts finds a place on a rank that holds it, `most` on each: a matching."""
-    ranks = holds_PE.shape[0]
-    place_E = np.full(experts_n, -1)
-    used_P = np.zeros(ranks, dtype=np.int64)
-    queue = np.empty(experts_n, dtype=np.int64)
-    came_P = np.empty(ranks, dtype=np.int64)  # the expert that asked for a place on this rank
-    for first in pinned:
-        came_P[:] = -1
-        queue[0] = first
-        at, end, free = 0, 1, -1
-        while at < end and free < 0:
-            e = queue[at]
-            at += 1
-            for p in range(ranks):
-                if not holds_PE[p, e] or came_P[p] >= 0:
-                    continue
-                came_P[p] = e
-                if used_P[p] < most:
-                    free = p
-                    break
-                for other in pinned:
-                    if place_E[other] == p:
-                        queue[end] = other
-                        end += 1
-        if free < 0:
-            return False
-        used_P[free] += 1
-        while True:
-            e = came_P[free]
-            before = place_E[e]
-            place_E[e] = free
-            if e == first:
-                break
-            free = before
-    return True
-
-
-@njit(cache=True)
-def _splits_fit(t, places, loads, n, ranks, row):
-    """Whether `n` experts (`loads` in descending order) that stay where they are can be done by t ns on ranks with
-    `places` each. An expert with y places takes y - 1 of the spare ones; beside it are the smallest experts, or another
-    spare place each is left empty or has next to nothing of an expert that is split.
-    """
-    spare = ranks * places - n
-    used = np.int64(0)
-    for i in range(n):
-        if loads[i] * row * 2 <= t * 1000 or used > spare:
-            break
-        found = False
-        for y in range(1, min(ranks, spare - used + 1) + 1):
-            others = y * (places - 1) - (spare - (y - 1))
-            rows = loads[i]
-            for j in range(max(np.int64(0), min(others, n))):
-                rows += loads[n - 1 - j] if n - 1 - j != i else 0
-            if rows * row <= y * t * 1000:
-                found = True
-                used += y - 1
-                break
-        if not found:
-            return False
-    return used <= spare
-
-
-@njit(cache=True)
-def _streaming_ns(best, high, loads_E, holds_PE, node_P, rates, row, bytes_near, bytes_far):
-    """The least time in which the ranks can stream the experts that cannot have left all of their holders by then."""
-    ranks, experts = holds_PE.shape
-    gone_E = np.zeros(experts, dtype=np.int64)
-    seen_node = np.zeros(node_P.max() + 1, dtype=np.bool_)
-    for e in range(experts):
-        if loads_E[e] == 0:
-            continue
-        seen_node[:] = False
-        for p in range(ranks):
-            seen_node[node_P[p]] |= holds_PE[p, e] > 0
-        held = holds_PE[:, e].sum()
-        bundles = seen_node.sum() if len(seen_node) > 1 else 0
-        left = _left_by(1, rates, bytes_near, bytes_far, held, bundles, held == 1)
-        gone_E[e] = max(np.int64(0), left - rates[8]) + rates[9]
-    touched = (loads_E > 0).sum()
-    sorted_loads = np.sort(loads_E)[::-1]
-    low = best
-    while low < high:
-        middle = (low + high) // 2
-        pinned = np.flatnonzero(gone_E > middle)
-        places = middle * 1000 // rates[1]
-        if _fit(experts, places, pinned, holds_PE) and (
-            len(pinned) < touched or _splits_fit(middle, places, sorted_loads, touched, ranks, row)
-        ):
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-@njit(cache=True)
+@compiled
 def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
     """Nanoseconds after `base`."""
     experts = len(loads_E)
@@ -380,7 +207,7 @@ def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
                 set_copies[s] = max(set_copies[s], holds_PE[:, e].sum())
     bytes_near, bytes_far = expert_bytes * rates[5] // 1_000_000, expert_bytes * fr // 1_000_000
     for s in range(set_n):
-        best = _leaving_ns(
+        best = leaving_ns(
             best, ceiling, set_loads[s], set_count[s], set_inside[s], set_near[s], set_far[s], set_copies[s] == 1,
             ranks, rates, row, bytes_near, bytes_far,
         )  # fmt: skip
@@ -392,17 +219,17 @@ def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
                 own[own_n] = loads_E[e]
                 own_n += 1
         bundles = 1 if nodes > 1 else 0
-        best = _leaving_ns(best, ceiling, own, own_n, 1, 1, bundles, True, ranks, rates, row, bytes_near, bytes_far)
+        best = leaving_ns(best, ceiling, own, own_n, 1, 1, bundles, True, ranks, rates, row, bytes_near, bytes_far)
     if rates[1]:
-        best = _streaming_ns(best, ceiling, loads_E, holds_PE, node_P, rates, row, bytes_near, bytes_far)
+        best = streaming_ns(best, ceiling, loads_E, holds_PE, node_P, rates, row, expert_bytes)
     grow = 4  # the horizon is that many eighths longer than what is certain
     while best < ceiling:
         horizon = min(best + max(np.int64(1), best * grow // 8 if grow else best // 50), ceiling)
         start = best
         step_ns = max(np.int64(1), -(-(horizon + rates[8]) // steps))
         count = -(-(horizon + rates[8]) // step_ns)
-        fine = _link_steps(expert_bytes, ranks, rates[4], rates[5], step_ns) > 0 and (
-            nodes == 1 or _link_steps(expert_bytes, ranks, fa, fr, step_ns) > 0
+        fine = link_steps(expert_bytes, ranks, rates[4], rates[5], step_ns) > 0 and (
+            nodes == 1 or link_steps(expert_bytes, ranks, fa, fr, step_ns) > 0
         )
         if not fine:
             return best
@@ -430,7 +257,7 @@ def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
                     inside, near, far, copies = set_inside[s], set_near[s], set_far[s], set_copies[s]
                 if inside == ranks or need <= inside * best * 1000:
                     continue
-                first_ns = _all_left(bytes_near, bytes_far, rates[4], fa, copies, far)
+                first_ns = all_left(bytes_near, bytes_far, rates[4], fa, copies, far)
                 most = count - min(count, first_ns // step_ns)
                 if work != done_work or most != done_most:
                     _tables(work, count, step_ns, ranks - 1, expert_bytes, rates, row, most, outs)

@@ -1,6 +1,6 @@
 """The modelled time of a plan, and a time below which no plan can be: what all planners are compared by.
 
-The specification of the price in plain Python; `search` has the same, compiled. P: ranks, E: experts.
+The specification of the price in plain Python; `prices` has the same, compiled. P: ranks, E: experts.
 """
 
 from __future__ import annotations
