@@ -1,0 +1,84 @@
+"""The compiled loop that fills slots: newcomers by value, each into a free slot or for a victim that is worth less.
+
+L: layers, E: experts of a layer, N: newcomers, M: those who come.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Array = npt.NDArray[Any]
+
+
+@njit(cache=True)
+def fill(
+    values_RE: Array,
+    first: int,
+    resident_LE: Array,
+    keep_LE: Array,
+    count_L: Array,
+    slots: int,
+    floor: int,
+    margin: float,
+    layer_N: Array,
+    expert_N: Array,
+) -> tuple[Array, Array]:
+    """Who comes [M, 2] (layer, expert), and whose slot each takes [M, 2]: (-1, -1) for a free one.
+
+    Newcomers come by value, the largest first, of equals by layer and expert. There is a free slot for one if its
+    layer's floor is not filled, or if one is left beside all floors. Else the least valuable resident is the victim,
+    the first of equals: not one of `keep_LE`, nor of another layer at its floor. The newcomer must be worth
+    more than it by more than `margin`. `resident_LE` and `count_L` are brought up to date.
+
+    `values_RE` are of the rows (layers) from `first` on, the only ones that are looked at.
+    """
+    rows, experts = values_RE.shape
+    free = slots - count_L.sum()
+    for count in count_L:
+        free -= max(0, floor - count)
+    waiting_N = np.ones(len(layer_N), dtype=np.bool_)
+    came = np.empty((len(layer_N), 2), dtype=np.int64)
+    went = np.full((len(layer_N), 2), -1, dtype=np.int64)
+    found = 0
+    for _ in range(len(layer_N)):
+        best = -1
+        for n in range(len(layer_N)):
+            if waiting_N[n] and (
+                best < 0
+                or values_RE[layer_N[n] - first, expert_N[n]] > values_RE[layer_N[best] - first, expert_N[best]]
+            ):
+                best = n
+        waiting_N[best] = False
+        layer, expert = layer_N[best], expert_N[best]
+        if count_L[layer] < floor or free > 0:
+            free -= count_L[layer] >= floor
+            count_L[layer] += 1
+        else:
+            victim_layer = victim = -1
+            for row in range(rows):
+                at = row + first
+                if at != layer and count_L[at] <= floor:
+                    continue
+                for e in range(experts):
+                    if (
+                        resident_LE[at, e]
+                        and not keep_LE[at, e]
+                        and (victim < 0 or values_RE[row, e] < values_RE[victim_layer - first, victim])
+                    ):
+                        victim_layer, victim = at, e
+            if victim < 0:
+                continue
+            if not values_RE[layer - first, expert] - values_RE[victim_layer - first, victim] > margin:
+                continue
+            resident_LE[victim_layer, victim] = False
+            count_L[victim_layer] -= 1
+            count_L[layer] += 1
+            went[found, 0], went[found, 1] = victim_layer, victim
+        resident_LE[layer, expert] = True
+        came[found, 0], came[found, 1] = layer, expert
+        found += 1
+    return came[:found], went[:found]
