@@ -103,6 +103,9 @@ def run(args: argparse.Namespace) -> int:
     fitted, scored = split_domains(trace, args.fit, args.score)
     names = policies(args.policies, bool(fitted))
     _check(args, names)
+    expert_bytes = SHAPES[args.shape].expert_bytes if args.shape else None
+    if args.expert_bytes is not None:
+        expert_bytes = parse_size(args.expert_bytes, "--expert-bytes")
     score = trace.of(scored)
     if args.tokens is not None:
         score = score.first(args.tokens)
@@ -117,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
         from ..engine.next_use import NextUse
 
         fit = trace.of(fitted)
-        with tqdm(total=trace.layers, desc="fit", unit="layer", disable=None, delay=2, leave=False) as bar:
-            predictor = NextUse.fit(fit.topk_TLK, fit.start_S, trace.experts, progress=bar.update)
+        with tqdm(total=2 * len(fit.topk_TLK), desc="fit", unit="token", disable=None, delay=2, leave=False) as bar:
+            predictor = NextUse.fit(fit.topk_TLK, fit.start_S, trace.experts, digest=trace.digest, progress=bar.update)
         if args.save_predictor:
             predictor.save(args.save_predictor)
     tallies: list[Tally] = []
@@ -130,9 +133,6 @@ def run(args: argparse.Namespace) -> int:
         Row.of(task.policy, task.resident, tally, *(_of(tasks, tallies, name, task) for name in REFERENCES))
         for task, tally in zip(tasks, tallies, strict=True)
     ]
-    expert_bytes = SHAPES[args.shape].expert_bytes if args.shape else None
-    if args.expert_bytes is not None:
-        expert_bytes = parse_size(args.expert_bytes, "--expert-bytes")
     print(_title(args, score, fitted, scored, budgets))
     print(result_table(rows, expert_bytes))
     if "predicted" not in names and args.policies is None:

@@ -24,6 +24,8 @@ class TokenTrace:
     start_S: Integers
     domain_S: Integers
     domains: tuple[str, ...]
+    digest: str = ""
+    """Of the model that was recorded, "" where the file does not say."""
 
     @property
     def layers(self) -> int:
@@ -45,16 +47,21 @@ class TokenTrace:
             raise ValueError(f"the trace has no sequence of {', '.join(sorted(domains))}")
         lengths_S = (self.end_S - self.start_S)[chosen_S]
         rows = np.concatenate([np.arange(self.start_S[s], self.end_S[s]) for s in chosen_S])
-        return TokenTrace(self.topk_TLK[rows], np.cumsum(lengths_S) - lengths_S, self.domain_S[chosen_S], self.domains)
+        return TokenTrace(
+            self.topk_TLK[rows], np.cumsum(lengths_S) - lengths_S, self.domain_S[chosen_S], self.domains, self.digest
+        )
 
     def first(self, tokens: int) -> TokenTrace:
         """Only so many tokens from the beginning."""
         kept_S = self.start_S < tokens
-        return TokenTrace(self.topk_TLK[:tokens], self.start_S[kept_S], self.domain_S[kept_S], self.domains)
+        return TokenTrace(
+            self.topk_TLK[:tokens], self.start_S[kept_S], self.domain_S[kept_S], self.domains, self.digest
+        )
 
 
 def read_token_trace(path: str) -> TokenTrace:
-    """From an .npz file with `topk` [T, L, K], `seq_start` [S] and, if there are any, `seq_domain` [S] and `domains`.
+    """From an .npz file with `topk` [T, L, K], `seq_start` [S] and, if there are any, `seq_domain` [S] and `domains`,
+    and the model's `digest`.
 
     Raises ValueError for a file that is not one.
     """
@@ -67,6 +74,7 @@ def read_token_trace(path: str) -> TokenTrace:
             domain_S, domains = np.zeros(len(start_S), dtype=np.int64), np.array([""])
             if "domains" in file.files and "seq_domain" in file.files:
                 domain_S, domains = file["seq_domain"].astype(np.int64), file["domains"]
+            digest = str(file["digest"]) if "digest" in file.files else ""
         if topk_TLK.ndim != 3 or not topk_TLK.size or topk_TLK.dtype.kind not in "iu" or topk_TLK.max() < 0:
             raise ValueError(f"topk has shape {topk_TLK.shape} of {topk_TLK.dtype}; it must be expert ids [T, L, K]")
         if not len(start_S) or start_S[0] != 0 or (np.diff(start_S) <= 0).any() or start_S[-1] >= len(topk_TLK):
@@ -77,7 +85,7 @@ def read_token_trace(path: str) -> TokenTrace:
         raise ValueError(
             f"--trace {path}: {' '.join(str(error).split())}; give an .npz file of routing, token by token"
         ) from error
-    return TokenTrace(topk_TLK, start_S, domain_S, tuple(str(name) for name in domains))
+    return TokenTrace(topk_TLK, start_S, domain_S, tuple(str(name) for name in domains), digest)
 
 
 def split_domains(trace: TokenTrace, fit: str | None, score: str | None) -> tuple[set[str], set[str]]:

@@ -1,11 +1,11 @@
 """Predicted next use: from how a sequence was routed so far, how soon and how often it will need each expert.
 
 A ridge regression for each layer, fitted in closed form. Its target is an expert's discounted future use: the sum over
-the next tokens of 2 ** (-(distance - 1) / half-life) where the expert is used. It sees the last two tokens' experts in
-all layers, and in its own layer how often each expert was used of late. The form (routing of all layers, decayed
-counts) is that of the forecasters in the study moe-speed-of-light; rates instead of counts, a token's second-last
-routing and the order of its experts are added, and it is the layers' decayed counts that must not be mixed: with them
-it learns the domain that it was fitted on.
+the next tokens of 2 ** (-(distance - 1) / half-life) where the expert is used. It sees the experts of the last two
+tokens in all layers, those of the last one with their place in the router's order, and in its own layer at what rates
+each expert was used of late. Such a regression is one of the forecasters in the study moe-speed-of-light
+(github.com/harshithkantamneni/moe-speed-of-light). Rates of other layers are left out on purpose: on recorded routing
+they made it worse on text that it was not fitted on, because they tell the domain.
 
 Predictions only order copies and evictions. What is executed is the router's choice.
 
@@ -114,11 +114,13 @@ class NextUse:
         *,
         half_life: float = HALF_LIFE,
         digest: str = "",
-        progress: Callable[[int], object] = lambda layers: None,
+        progress: Callable[[int], object] = lambda tokens: None,
     ) -> NextUse:
         """From a recording, in closed form: ids in the order of the router's weights, -1 for none.
 
-        Two passes over the tokens, then an equation for each layer, of which all share the part of other layers.
+        Two passes over the tokens, then an equation for each layer, of which all share the part of all layers. Memory
+        is for some matrices of (3 * L * E) ** 2. `progress` is told numbers of tokens, in all twice the recording's.
+
         Raises ValueError for ids that are not experts, or a half-life that is not above 0.
         """
         layers = topk_TLK.shape[1]
@@ -135,6 +137,7 @@ class NextUse:
             square_C += cross_TC.square().sum(0)
             total_LF += own_TLF.sum(0)
             square_LF += own_TLF.square().sum(0)
+            progress(len(cross_TC))
         mean_C, scale_C = _standard(total_C, square_C, tokens)
         mean_LF, scale_LF = _standard(total_LF, square_LF, tokens)
         mean_LE = target_TLE.mean(0)
@@ -154,6 +157,7 @@ class NextUse:
                 gram_LCF[layer].addmm_(x_TC.T, x_TF)
                 gram_LFF[layer].addmm_(x_TF.T, x_TF)
                 with_LFE[layer].addmm_(x_TF.T, y_TLE[:, layer])
+            progress(len(x_TC))
 
         gram_CC.diagonal().add_(CROSS_RIDGE)
         gram_LFF.diagonal(dim1=1, dim2=2).add_(OWN_RIDGE)
@@ -168,7 +172,6 @@ class NextUse:
             left_FE = with_LFE[layer] - gram_LCF[layer].T @ rest_CE
             own_LFE[layer] = torch.linalg.solve(left_FF, left_FE)
             cross_CN[:, columns] = rest_CE - rest_CF @ own_LFE[layer]
-            progress(1)
         cross_CN /= scale_C[:, None]
         own_LFE /= scale_LF[:, :, None]
         bias_LE = mean_LE - (mean_C @ cross_CN).view(layers, experts) - torch.einsum("lf,lfe->le", mean_LF, own_LFE)
