@@ -26,8 +26,8 @@ def fill(
     margin: float,
     layer_N: Array,
     expert_N: Array,
-) -> tuple[Array, Array]:
-    """Who comes [M, 2] (layer, expert), and whose slot each takes [M, 2]: (-1, -1) for a free one.
+) -> Array:
+    """[M, 4] who comes (layer, expert), and whose slot it takes (layer, expert): -1, -1 for a free one.
 
     Newcomers come by value, the largest first, of equals by layer and expert. There is a free slot for one if its
     layer's floor is not filled, or if one is left beside all floors. Else the least valuable resident is the victim,
@@ -41,8 +41,7 @@ def fill(
     for count in count_L:
         free -= max(0, floor - count)
     waiting_N = np.ones(len(layer_N), dtype=np.bool_)
-    came = np.empty((len(layer_N), 2), dtype=np.int64)
-    went = np.full((len(layer_N), 2), -1, dtype=np.int64)
+    changes = np.full((len(layer_N), 4), -1, dtype=np.int64)
     found = 0
     for _ in range(len(layer_N)):
         best = -1
@@ -77,8 +76,8 @@ def fill(
             resident_LE[victim_layer, victim] = False
             count_L[victim_layer] -= 1
             count_L[layer] += 1
-            went[found, 0], went[found, 1] = victim_layer, victim
+            changes[found, 2], changes[found, 3] = victim_layer, victim
         resident_LE[layer, expert] = True
-        came[found, 0], came[found, 1] = layer, expert
+        changes[found, 0], changes[found, 1] = layer, expert
         found += 1
-    return came[:found], went[:found]
+    return changes[:found]

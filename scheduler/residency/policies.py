@@ -142,7 +142,7 @@ class PredictedUse(Policy):
     def _values(self, rows: slice) -> npt.NDArray[Any]:
         return self._scores_LE[rows]
 
-    def _decide(self, layer: int, misses: tuple[int, ...], need: list[int]) -> Moves:
+    def _decide(self, layer: int, misses: tuple[int, ...], need: Integers) -> Moves:
         self._misses_L[layer] += [expert for expert in misses if expert not in self._misses_L[layer]]
         return (), ()
 
@@ -164,7 +164,7 @@ class PredictedUse(Policy):
         filled: list[Place] = []
         for layer, missed in enumerate(missed_L):
             if missed and self.budget.slots:
-                came, went = self._fill(missed, layer)
+                came, went = self._fill([at for at, _ in missed], [expert for _, expert in missed], layer)
                 free = len(came) - len(went)
                 filled += came[:free]
                 admitted += came[free:]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,12 +130,14 @@ class Policy(ABC):
                 raise ValueError(f"step is {context.step} after {self._step}; steps only count up")
             self._begin(context.step)
             self._step = context.step
-        here_E = self._resident_LE[layer].tolist()
-        hits = tuple(expert for expert in need if here_E[expert])
-        misses = tuple(expert for expert in need if not here_E[expert])
-        if need:
-            self._touch(layer, np.array(need))
-        admitted, evicted = self._decide(layer, misses, need)
+        if not need:
+            return Decision()
+        need_K = np.array(need)
+        here_K = self._resident_LE[layer, need_K].tolist()
+        hits = tuple(expert for expert, here in zip(need, here_K, strict=True) if here)
+        misses = tuple(expert for expert, here in zip(need, here_K, strict=True) if not here)
+        self._touch(layer, need_K)
+        admitted, evicted = self._decide(layer, misses, need_K)
         return Decision(hits=hits, misses=misses, admitted=admitted, evicted=evicted)
 
     def settle(self, context: Context) -> Decision:
@@ -155,20 +157,19 @@ class Policy(ABC):
     def _values(self, rows: slice) -> npt.NDArray[Any]:
         """[rows, E] how much each expert is worth in a slot; the least is evicted."""
 
-    def _decide(self, layer: int, misses: tuple[int, ...], need: list[int]) -> Moves:
+    def _decide(self, layer: int, misses: tuple[int, ...], need: Integers) -> Moves:
         """Who comes and who goes because of an event."""
         if not misses or not self.budget.slots:
             return (), ()
         self._keep_LE[layer, need] = True
-        moves = self._fill([(layer, expert) for expert in misses], layer)
+        moves = self._fill([layer] * len(misses), misses, layer)
         self._keep_LE[layer, need] = False
         return moves
 
-    def _fill(self, newcomers: list[Place], layer: int) -> Moves:
-        """Admits newcomers, in ascending order, but for `_keep_LE`. Without sharing all are of `layer`."""
+    def _fill(self, layers: Sequence[int], experts: Sequence[int], layer: int) -> Moves:
+        """Admits newcomers, given in ascending order, but for `_keep_LE`. Without sharing all are of `layer`."""
         first, rows = (0, slice(None)) if self.budget.shared else (layer, slice(layer, layer + 1))
-        places_N2 = np.array(newcomers, dtype=np.int64)
-        came, went = fill(
+        changes = fill(
             self._values(rows),
             first,
             self._resident_LE,
@@ -177,13 +178,9 @@ class Policy(ABC):
             self.budget.slots,
             self.budget.floor,
             self._margin,
-            places_N2[:, 0],
-            places_N2[:, 1],
-        )
-        admitted = [(at, expert) for at, expert in came.tolist()]
-        evicted = [(at, expert) for at, expert in went.tolist()]
-        if (-1, -1) not in evicted:
-            return tuple(admitted), tuple(evicted)
-        into_free = [place for place, victim in zip(admitted, evicted, strict=True) if victim[0] < 0]
-        instead = [place for place, victim in zip(admitted, evicted, strict=True) if victim[0] >= 0]
-        return (*into_free, *instead), tuple(victim for victim in evicted if victim[0] >= 0)
+            np.array(layers),
+            np.array(experts),
+        ).tolist()
+        changes.sort(key=lambda change: change[2] >= 0)  # free slots first; the order stays otherwise
+        admitted = tuple((layer, expert) for layer, expert, _, _ in changes)
+        return admitted, tuple((layer, expert) for _, _, layer, expert in changes if layer >= 0)
