@@ -27,6 +27,8 @@ class Row:
     """Share of LRU's misses over the least possible ones that this policy avoids."""
     misses_vs_lru: float
     copies_vs_lru: float
+    copies_used: float
+    """Share of the copies that were hit before they were evicted."""
 
     @classmethod
     def of(cls, policy: str, resident: float, tally: Tally, lru: Tally, least: Tally) -> Row:
@@ -39,6 +41,7 @@ class Row:
             excess_closed=excess_closed(tally.misses, lru.misses, least.misses),
             misses_vs_lru=_ratio(tally.misses, lru.misses),
             copies_vs_lru=_ratio(tally.copies, lru.copies),
+            copies_used=tally.used / tally.copies if tally.copies else 1.0,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,7 +54,15 @@ def _ratio(part: int, whole: int) -> float:
 
 def result_table(rows: Sequence[Row], expert_bytes: int | None) -> str:
     """A line for each share and policy."""
-    header = ["resident  policy", "hits", "read/token", "copied/token", "copies of LRU's", "excess closed"]
+    header = [
+        "resident  policy",
+        "hits",
+        "read/token",
+        "copied/token",
+        "copies of LRU's",
+        "of them used",
+        "excess closed",
+    ]
     if expert_bytes is not None:
         header[2:4] = ["experts read/token", "copied/token", "read/token", "copied/token"]
     lines = []
@@ -60,13 +71,13 @@ def result_table(rows: Sequence[Row], expert_bytes: int | None) -> str:
         cells += [f"{row.read_per_token:.2f}", f"{row.copied_per_token:.2f}"]
         if expert_bytes is not None:
             cells += [format_size(n * expert_bytes) for n in (row.read_per_token, row.copied_per_token)]
-        lines.append([*cells, f"{row.copies_vs_lru:.2f}", f"{row.excess_closed:.2f}"])
+        lines.append([*cells, f"{row.copies_vs_lru:.2f}", f"{row.copies_used:.0%}", f"{row.excess_closed:.2f}"])
     return table(header, lines)
 
 
 def figures(rows: Sequence[Row], expert_bytes: int | None) -> dict[str, float]:
-    """`hit_rate_`, `excess_closed_` and `copies_` (of LRU's) of each policy, of the first share without a suffix, of
-    others with their percent; with the expert's bytes `read_bytes_` and `copied_bytes_` per token too.
+    """`hit_rate_`, `excess_closed_`, `copies_` (of LRU's) and `copies_used_` (share) of each policy, of the first share
+    without a suffix, of others with their percent; with the expert's bytes `read_bytes_`, `copied_bytes_` per token.
     """
     found: dict[str, float] = {}
     for row in rows:
@@ -76,6 +87,7 @@ def figures(rows: Sequence[Row], expert_bytes: int | None) -> dict[str, float]:
         found[f"hit_rate_{name}"] = row.hit_rate
         found[f"excess_closed_{name}"] = row.excess_closed
         found[f"copies_{name}"] = row.copies_vs_lru
+        found[f"copies_used_{name}"] = row.copies_used
         if expert_bytes is not None:
             found[f"read_bytes_{name}"] = row.read_per_token * expert_bytes
             found[f"copied_bytes_{name}"] = row.copied_per_token * expert_bytes

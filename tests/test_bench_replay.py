@@ -66,6 +66,7 @@ def test_the_command(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert found["copied_bytes_lru"] == found["read_bytes_lru"]
     assert found["copied_bytes_default"] < found["read_bytes_default"]
     assert (found["excess_closed_lru"], found["copies_lru"], found["excess_closed_belady_bypass"]) == (0, 1, 1)
+    assert 0 < found["copies_used_lru"] < found["copies_used_belady_bypass"] <= 1
     ahead = [found[f"excess_closed_foresight_{window}"] for window in (1, 4, 16)]
     assert ahead[0] < ahead[1] <= ahead[2] <= 1
     for name in ("lfu", "lfru", "decayed", "default", "predicted", "belady"):
@@ -185,9 +186,11 @@ def test_a_trace_without_domains(tmp_path: Path) -> None:
 
 def test_figures_where_lru_has_nothing_to_improve() -> None:
     """All experts fit: no excess, and no copies but the first."""
-    tally = Tally(steps=4, hits=6, misses=2, copies=2)
+    tally = Tally(steps=4, hits=6, misses=2, copies=2, used=1)
     row = Row.of("lru", 1.0, tally, tally, tally)
     assert (row.excess_closed, row.copies_vs_lru, row.read_per_token) == (1.0, 1.0, 0.5)
-    assert figures([row], None) == {"hit_rate_lru": 0.75, "excess_closed_lru": 1.0, "copies_lru": 1.0}
-    nothing = Row.of("none", 1.0, Tally(steps=4, hits=8, misses=0, copies=0), tally, tally)
+    assert figures([row], None) == {
+        "hit_rate_lru": 0.75, "excess_closed_lru": 1.0, "copies_lru": 1.0, "copies_used_lru": 0.5
+    }  # fmt: skip
+    nothing = Row.of("none", 1.0, Tally(steps=4, hits=8, misses=0, copies=0, used=0), tally, tally)
     assert "none" in picture([row, nothing])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moeyard.scheduler.residency.oracles import Belady, Foresight
 from moeyard.scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedUse, default_policy
-from moeyard.scheduler.residency.replay import excess_closed, replay
+from moeyard.scheduler.residency.replay import Tally, excess_closed, replay
 from moeyard.scheduler.residency.slots import Budget, Context, Decision, Policy
 
 POLICIES: dict[str, Callable[[Budget, np.ndarray], Policy]] = {
@@ -282,6 +282,12 @@ def test_shared_slots_go_to_the_best_of_all_layers() -> None:
     assert policy.settle(Context(step=0, scores_LE=scores)).admitted == ((1, 1),)
 
 
+def test_a_copy_counts_as_used_once_and_only_while_it_is_there() -> None:
+    """0 is copied, hit twice and evicted; copied again it is hit by none. 1 is evicted without a hit."""
+    topk = np.array([0, 0, 0, 1, 0])[:, None, None]
+    assert replay(LRU(Budget.per_layer(1, 2, 1)), topk) == Tally(steps=5, hits=2, misses=3, copies=3, used=1)
+
+
 # Errors, and the replay
 
 
@@ -329,11 +335,11 @@ def test_a_replay_worked_out_by_hand() -> None:
     budget = Budget.per_layer(1, 3, 2)
     told: list[int] = []
     lru = replay(LRU(budget), topk, progress=told.append)
-    assert (lru.hits, lru.misses, lru.copies, lru.steps, lru.touched) == (0, 6, 6, 6, 6) and sum(told) == 6
+    assert lru == Tally(steps=6, hits=0, misses=6, copies=6, used=0) and lru.touched == sum(told) == 6
     best = replay(Belady(budget, topk, bypass=True), topk)
-    assert (best.hits, best.misses, best.copies) == (2, 4, 2)
+    assert best == Tally(steps=6, hits=2, misses=4, copies=2, used=2)
     plain = replay(Belady(budget, topk, bypass=False), topk)
-    assert (plain.hits, plain.misses, plain.copies) == (2, 4, 4)
+    assert plain == Tally(steps=6, hits=2, misses=4, copies=4, used=2)
     assert excess_closed(5, lru.misses, best.misses) == 0.5
     assert best.hit_rate == 2 / 6
 
