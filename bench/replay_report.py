@@ -54,17 +54,10 @@ def _ratio(part: int, whole: int) -> float:
 
 def result_table(rows: Sequence[Row], expert_bytes: int | None) -> str:
     """A line for each share and policy."""
-    header = [
-        "resident  policy",
-        "hits",
-        "read/token",
-        "copied/token",
-        "copies of LRU's",
-        "of them used",
-        "excess closed",
-    ]
+    header = ["resident  policy", "hits", "read/token", "copied/token"]
     if expert_bytes is not None:
-        header[2:4] = ["experts read/token", "copied/token", "read/token", "copied/token"]
+        header += ["bytes read/token", "copied"]
+    header += ["copies of LRU's", "of them used", "excess closed"]
     lines = []
     for row in rows:
         cells = [f"{100 * row.resident:5.3g} %   {row.policy}", f"{row.hit_rate:.1%}"]
