@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .filling import add_uses
 from .slots import Budget, Context, Decision, Floats, Integers, Moves, Place, Policy
 
 
@@ -96,7 +97,7 @@ class DecayedFrequency(Policy):
         self._margin = checked_margin(margin)
         # float32 forgets the last bits of pow, in which machines differ
         self._decay_H = [float(np.float32(2.0 ** (-1.0 / half_life))) for half_life in half_lives]
-        self._weights_H = [float(weight) for weight in weights]
+        self._weights_H: Floats = np.array(weights, dtype=np.float64)
         self._decayed_HLE: Floats = np.zeros((len(half_lives), budget.layers, budget.experts))
 
     def _begin(self, step: int) -> None:
@@ -107,8 +108,7 @@ class DecayedFrequency(Policy):
             decayed_LE *= decay if steps == 1 else decay**steps
 
     def _touch(self, layer: int, need: Integers) -> None:
-        for decayed_LE, weight in zip(self._decayed_HLE, self._weights_H, strict=True):
-            decayed_LE[layer, need] += weight
+        add_uses(self._decayed_HLE, layer, need, self._weights_H)
 
     def _values(self, rows: slice) -> npt.NDArray[Any]:
         values_LE = self._decayed_HLE[0, rows]
