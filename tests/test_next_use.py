@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +166,8 @@ def test_traces_that_cannot_be_fitted() -> None:
     model = NextUse.fit(topk, start_S, EXPERTS)
     with pytest.raises(ValueError, match="tokens of 2 layers"):
         model.scores(topk[:, :1], start_S)
+
+
+def test_the_documented_example() -> None:
+    result = doctest.testmod(next_use)
+    assert result.attempted and not result.failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeyard.scheduler.residency import oracles
 from moeyard.scheduler.residency.oracles import Belady, Foresight
 from moeyard.scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedUse, default_policy
 from moeyard.scheduler.residency.replay import Tally, excess_closed, replay
@@ -360,3 +362,8 @@ def test_a_perfect_predictor_is_nearly_belady() -> None:
     assert found[0].copies > found[1].copies > found[2].copies
     default = replay(default_policy(budget), topk)
     assert default.copies < lru.copies / 2
+
+
+def test_the_documented_example() -> None:
+    result = doctest.testmod(oracles)
+    assert result.attempted and not result.failed
