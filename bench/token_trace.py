@@ -109,7 +109,7 @@ def _named(option: str, text: str, present: set[str]) -> set[str]:
     for pattern in text.split(","):
         matches = {name for name in present if fnmatchcase(name, pattern.strip())}
         if not matches:
-            known = ", ".join(sorted(present))
-            raise ValueError(f"{option}: the trace has no domain {pattern.strip()!r}; it has {known}")
+            known = ", ".join(sorted(present - {""})) or "none"
+            raise ValueError(f"{option}: the trace has no domain {pattern.strip()!r}; those it has: {known}")
         found |= matches
     return found

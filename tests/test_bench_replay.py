@@ -117,7 +117,7 @@ def test_without_a_fit_predicted_is_left_out_aloud(trace: str, capsys: pytest.Ca
     [
         (["--fit", "law", "--score", "l*"], "--fit and --score both have law"),
         (["--fit", "*"], "leave one for --score"),
-        (["--fit", "physics"], "no domain 'physics'; it has law, maths-a, maths-b"),
+        (["--fit", "physics"], "no domain 'physics'; those it has: law, maths-a, maths-b"),
         (["--fit", "empty"], "no domain 'empty'"),
         (["--policies", "lru,mru"], "--policies is"),
         (["--policies", "predicted"], "needs --fit"),
@@ -180,6 +180,8 @@ def test_a_trace_without_domains(tmp_path: Path) -> None:
     np.savez(path, topk=np.arange(6).reshape(3, 1, 2), seq_start=np.array([0]))
     trace = read_token_trace(str(path))
     assert split_domains(trace, None, None) == (set(), {""}) and trace.experts == 6
+    with pytest.raises(ValueError, match="those it has: none"):
+        split_domains(trace, "law", None)
     with pytest.raises(ValueError, match="--fit has all domains"):
         split_domains(trace, "*", None)
 
