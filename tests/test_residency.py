@@ -213,7 +213,7 @@ def belady_and_fewest(seed: int, steps: int, experts: int, top_k: int, slots: in
 
 
 def test_experts_in_use_cost_belady_with_bypass_next_to_nothing() -> None:
-    """An event may not evict what it uses itself, so that a tie earlier on can matter: the rule does not look at that."""
+    """An event may not evict what it uses itself, so that a tie earlier on can matter: the rule does not see that."""
     found = [belady_and_fewest(seed, 4 + seed % 6, 3 + seed % 3, 2, 2 + seed % 2, True) for seed in range(400)]
     assert all(misses >= fewest for misses, fewest in found)
     assert sum(misses for misses, _ in found) <= 1.02 * sum(fewest for _, fewest in found)
