@@ -23,6 +23,7 @@ BENCHES = {
     "balance": "planners that balance experts by the step, simulated",
     "plan": "microseconds that the priced planner takes for a layer",
     "replay": "policies that keep experts on the device, on recorded routing",
+    "disk": "how fast single experts are read from a checkpoint's files",
 }
 
 

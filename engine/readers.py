@@ -1,0 +1,223 @@
+"""A few threads that read experts from disk, the most urgent first."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+
+from .expert_files import AlignedBuffer
+
+CLOSE_S = 30.0
+"""Longest wait of `close` for the reads under way."""
+
+
+class Priority(IntEnum):
+    """Why an expert is read; lower ones go first. The classes of ProMoE's and FineMoE's copy queues, for reads."""
+
+    DEMAND = 0
+    """The router has asked for it: a layer waits."""
+    NEXT_LAYER = 1
+    LATER = 2
+    """Predicted, for the layer after this one or one further on."""
+    BACKGROUND = 3
+    """Nobody waits: what is to become resident."""
+
+
+class Source(Protocol):
+    """What readers read from: `ExpertFiles`, or a fake."""
+
+    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]: ...
+
+    def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None: ...
+
+
+class ReadersFull(RuntimeError):
+    """So many reads are waiting that one more prediction is not worth its place."""
+
+
+class Read(Future[Mapping[str, torch.Tensor]]):
+    """One expert being read into the tensors `into`, which are its result too. `cancel()` succeeds until it starts."""
+
+    def __init__(self, layer: int, expert: int, into: Mapping[str, torch.Tensor], priority: Priority, number: int):
+        super().__init__()
+        self.layer, self.expert, self.into, self.priority = layer, expert, into, priority
+        self._number = number
+        self._waits = True
+        self._buffer: AlignedBuffer | None = None  # from its first piece to its last
+        self._steps: Iterator[None] | None = None
+
+
+class Readers:
+    """`threads` reads in flight, and at most `depth` waiting; demand is let in always, those who wait for it bound it.
+
+    Every read goes through one of `buffers`, and all memory is theirs. When a more urgent read waits and a buffer is
+    free for it, one that has started is set aside between two pieces and goes on later: buffers beyond one for
+    each thread are for that.
+    """
+
+    def __init__(self, source: Source, buffers: Sequence[AlignedBuffer], *, threads: int, depth: int = 256):
+        if not 1 <= threads <= len(buffers):
+            raise ValueError(f"threads is {threads}; expected at least 1, and a buffer for each (here {len(buffers)})")
+        self._source = source
+        self._free = list(buffers)
+        self._depth = depth
+        self._order = itertools.count()
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[int, int, Read]] = []
+        self._unfinished: set[Read] = set()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"moeyard-reader-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self, layer: int, expert: int, into: Mapping[str, torch.Tensor], priority: Priority = Priority.DEMAND
+    ) -> Read:
+        """Reads an expert into tensors as `ExpertFiles.copy` takes them. Nothing is written there if the read fails.
+
+        Raises ReadersFull for what is not demand, and RuntimeError after `close`. The read itself raises what the
+        source does, `ExpertUnreadable`.
+        """
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("readers: closed")
+            if priority != Priority.DEMAND and self._num_waiting() >= self._depth:
+                raise ReadersFull(f"readers: {self._depth} reads are waiting")
+            read = Read(layer, expert, into, priority, next(self._order))
+            self._unfinished.add(read)
+            self._push(read)
+        return read
+
+    def promote(self, read: Read, priority: Priority = Priority.DEMAND) -> None:
+        """Makes a read more urgent: a predicted expert that the router now asks for."""
+        with self._changed:
+            if priority < read.priority:
+                read.priority = priority
+                if read._waits and read in self._unfinished:
+                    self._push(read)  # its old place in the queue is passed over
+
+    @property
+    def waiting(self) -> int:
+        """Reads that no thread is at."""
+        with self._changed:
+            return self._num_waiting()
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Cancels what waits and ends the threads after the piece that each is reading.
+
+        Raises TimeoutError naming the experts whose reads have not ended by then; their threads do not keep the
+        process alive.
+        """
+        with self._changed:
+            self._closed = True
+            left = [read for read in self._unfinished if read._waits]
+            self._unfinished.difference_update(left)
+            self._waiting.clear()
+            self._changed.notify_all()
+        for read in left:
+            if read.cancel():
+                read.set_running_or_notify_cancel()
+            else:  # set aside after it had started
+                read.set_exception(CancelledError("readers: closed while reading"))
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        if any(thread.is_alive() for thread in self._threads):
+            with self._changed:
+                stuck = ", ".join(f"expert {r.expert} of MoE layer {r.layer}" for r in self._unfinished)
+            raise TimeoutError(f"readers: after {timeout_s:g} s the disk has not given {stuck or 'its last read'}")
+
+    def _push(self, read: Read) -> None:
+        """Into the queue, where it was submitted among the reads of its class."""
+        read._waits = True
+        heapq.heappush(self._waiting, (read.priority, read._number, read))
+        self._changed.notify()
+
+    def _tidy(self) -> None:
+        """Takes cancelled reads, and places that reads have left for better ones, from the head of the queue."""
+        while self._waiting:
+            priority, _, read = self._waiting[0]
+            if read.cancelled():
+                if read in self._unfinished:
+                    self._unfinished.remove(read)
+                    read.set_running_or_notify_cancel()
+            elif read._waits and read.priority == priority:
+                return
+            heapq.heappop(self._waiting)
+
+    def _num_waiting(self) -> int:
+        return len({r for _, _, r in self._waiting if r._waits and not r.cancelled()})
+
+    def _work(self) -> None:
+        while (read := self._next()) is not None:
+            self._advance(read)
+
+    def _next(self) -> Read | None:
+        """The most urgent read that has a buffer or can have one, the oldest of them; None when there will be none."""
+        with self._changed:
+            while not self._closed:
+                self._tidy()
+                if not self._waiting:
+                    self._changed.wait()
+                    continue
+                if self._waiting[0][2]._buffer is None and not self._free:
+                    # There are more buffers than other threads: some are with reads that were set aside.
+                    first = min(at for at in self._waiting if at[2]._buffer is not None and at[2]._waits)
+                    self._waiting.remove(first)
+                    heapq.heapify(self._waiting)
+                    read = first[2]
+                else:
+                    read = heapq.heappop(self._waiting)[2]
+                if read._buffer is None:
+                    if not read.set_running_or_notify_cancel():  # cancelled just now
+                        self._unfinished.remove(read)
+                        continue
+                    read._buffer = self._free.pop()
+                read._waits = False
+                return read
+            return None
+
+    def _advance(self, read: Read) -> None:
+        """Reads until the read has ended or is set aside."""
+        assert read._buffer is not None
+        failure: BaseException | None = None
+        try:
+            if read._steps is None:
+                read._steps = self._source.steps(read.layer, read.expert, read._buffer)
+            for _ in read._steps:
+                if self._set_aside(read):
+                    return
+            self._source.copy(read.layer, read.expert, read._buffer, read.into)
+        except BaseException as error:  # for the one who waits for the read, whatever it is
+            failure = error
+        with self._changed:
+            self._unfinished.remove(read)
+            self._free.append(read._buffer)
+            read._buffer = None
+        if failure is None:
+            read.set_result(read.into)
+        else:
+            read.set_exception(failure)
+
+    def _set_aside(self, read: Read) -> bool:
+        """After each piece: whether this thread has something better to do."""
+        with self._changed:
+            if self._closed:
+                raise CancelledError("readers: closed while reading")
+            self._tidy()
+            if not self._waiting or self._waiting[0][0] >= read.priority:
+                return False
+            if self._waiting[0][2]._buffer is None and not self._free:
+                return False
+            self._push(read)
+            return True
