@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
         f"{args.trace or 'synthetic'}: {trace.layers} layers of {trace.experts} experts, {slots} of them resident;"
         f" {args.rounds} x {args.tokens} tokens of each request"
     )
-    header = ["requests", "room", "batching", "experts/step", "read/token", "tokens/s", "mean wait", "p99", "most"]
-    print(table(header, rows))
+    counted = ["tokens/step", "experts/token", "read/token", "tokens/s", "mean wait", "p99", "most"]
+    print(table(["requests", "room", "batching", *counted], rows))
     emit("affinity", figures, samples, args.json)
     return 0
 
@@ -135,7 +135,8 @@ def _row(requests: int, most: int, name: str, tally: Tally) -> list[str]:
         str(requests),
         str(requests if name == "together" else most),
         name,
-        f"{tally.distinct / tally.steps:.1f}",
+        f"{tally.tokens / tally.steps:.1f}",
+        f"{tally.distinct / tally.tokens:.2f}",
         f"{tally.missed / tally.tokens:.2f}",
         f"{tally.tokens_per_second:.1f}",
         f"{sum(waits) / len(waits):.2f}",

@@ -19,8 +19,8 @@ from .routing import zipf_weights
 from .token_trace import TokenTrace
 
 BATCHINGS = ("in-order", "recent", "known")
-"""No choice; by experts predicted from a request's own past; by its next token's real ones."""
-HALF_LIFE = 4
+"""No choice; by the 2k experts that a request used most of late; by its next token's real ones."""
+HALF_LIFE = 16
 """Tokens after which a use counts half in `recent`."""
 DOMAINS = 4
 KEPT = 0.5
@@ -82,7 +82,7 @@ def simulate(
         if batching == "known":
             needs_RX = uses_NTX[left, done_N[left]]
         elif batching == "recent":
-            needs_RX = _likeliest(recent_NX[left], experts, top_k)
+            needs_RX = _likeliest(recent_NX[left], experts, 2 * top_k)
         else:
             needs_RX = np.zeros((len(left), layers * experts), dtype=bool)
         choice = choose(
@@ -124,10 +124,10 @@ def _uses(requests_NTLK: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.
     return uses_NTLE[..., :experts].reshape(requests, tokens, layers * experts)
 
 
-def _likeliest(scores_RX: npt.NDArray[np.float64], experts: int, top_k: int) -> npt.NDArray[np.bool_]:
-    """[R, X] the `top_k` experts of each layer with the highest scores, of those that have one."""
+def _likeliest(scores_RX: npt.NDArray[np.float64], experts: int, most: int) -> npt.NDArray[np.bool_]:
+    """[R, X] the `most` experts of each layer with the highest scores, of those that have one."""
     scores_RLE = scores_RX.reshape(len(scores_RX), -1, experts)
-    best_RLK = np.argsort(-scores_RLE, axis=2, kind="stable")[..., :top_k]
+    best_RLK = np.argsort(-scores_RLE, axis=2, kind="stable")[..., :most]
     likely_RLE = np.zeros(scores_RLE.shape, dtype=bool)
     np.put_along_axis(likely_RLE, best_RLK, True, axis=2)
     return (likely_RLE & (scores_RLE > 0)).reshape(scores_RX.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from .ready import Integers, Ready, Schedule, Step, cut
 
@@ -72,9 +73,10 @@ def resplit(ready: Ready) -> Schedule:
     first, due = rows[: ready.most], set(ready.due)
     here, there = needs_RM[rows[0]], needs_RM[_farthest(ready, rows)]
     for _ in range(ROUNDS):
-        # Differences of distances to both centres; rows that are due are nearest to the first.
-        margins = {row: int(bytes_M[needs_RM[row] ^ here].sum() - bytes_M[needs_RM[row] ^ there].sum()) for row in rows}
-        nearest = sorted(rows, key=lambda row: (row not in due, margins[row]))
+        # The distance to the first centre less that to the second is this and what is the same for all rows. Rows that
+        # are due count as nearest to the first.
+        margin_R = needs_RM @ (bytes_M * there - bytes_M * here)
+        nearest = sorted(rows, key=lambda row: (row not in due, margin_R[row]))
         found = tuple(sorted(nearest[: ready.most], key=rows.index))
         second = tuple(row for row in rows if row not in found)
         here, there = _most_need(ready, found), _most_need(ready, second)
@@ -89,23 +91,34 @@ def resplit(ready: Ready) -> Schedule:
 
 def _exchanged(ready: Ready, first: Step, second: Step) -> tuple[Step, Step]:
     """Both steps after exchanges of one row each, the most useful first; rows that are due stay."""
-    needs_RM, bytes_M = ready.missing_needs
-    stay = np.array([row in ready.due for row in first])
+    bytes_M = ready.missing_needs[1]
+    needs_RM = ready.missing_needs[0].astype(np.float64)  # for BLAS; sums of bytes are below 2**53, so they are exact
     one, two = list(first), list(second)
+    stay = np.array([row in ready.due for row in one])
+    rows_2M = np.stack([needs_RM[one].sum(0), needs_RM[two].sum(0)])
+
+    def prices_3M(columns: Integers) -> npt.NDArray[np.float64]:
+        """A row takes along what it alone needs and brings what nobody there does. What both rows of a pair need stays
+        where it is: the third price takes back what the first two count for it."""
+        alone_2M, new_2M = bytes_M[columns] * (rows_2M[:, columns] == np.array([[[1]], [[0]]]))
+        return np.stack([new_2M[1] - alone_2M[0], new_2M[0] - alone_2M[1], alone_2M.sum(0)])
+
+    changed, old_3M = np.arange(len(bytes_M)), np.zeros((3, len(bytes_M)))
+    away_R, back_R, both_RR = np.zeros(ready.rows), np.zeros(ready.rows), np.zeros((ready.rows, ready.rows))
     while two and not stay.all():
-        # Floats for BLAS; sums of bytes are below 2**53, so they are exact.
-        of_one, of_two = needs_RM[one].astype(np.float64), needs_RM[two].astype(np.float64)
-        rows_one_M, rows_two_M = of_one.sum(0), of_two.sum(0)
-        alone_M = bytes_M * (rows_one_M == 1.0), bytes_M * (rows_two_M == 1.0)
-        new_M = bytes_M * (rows_one_M == 0.0), bytes_M * (rows_two_M == 0.0)
-        # A row takes along what it alone needs and brings what nobody there does; what both need, stays.
-        moves_A1 = (of_one @ (new_M[1] - alone_M[0]))[:, None]
-        moves_B = of_two @ (new_M[0] - alone_M[1])
-        more_AB = moves_A1 + moves_B + (of_one * (alone_M[0] + alone_M[1])) @ of_two.T
+        part_RM, (away_M, back_M, both_M) = needs_RM[:, changed], prices_3M(changed) - old_3M
+        away_R += part_RM @ away_M
+        back_R += part_RM @ back_M
+        both_RR += (part_RM * both_M) @ part_RM.T
+        more_AB = away_R[one][:, None] + back_R[two] + both_RR[np.ix_(one, two)]
         more_AB[stay] = 0
         a, b = np.unravel_index(int(np.argmin(more_AB)), more_AB.shape)
         if more_AB[a, b] >= 0:
             break
+        change_M = needs_RM[two[b]] - needs_RM[one[a]]
+        changed = np.flatnonzero(change_M)
+        old_3M = prices_3M(changed)
+        rows_2M += np.stack([change_M, -change_M])
         one[a], two[b] = two[b], one[a]
     return tuple(sorted(one)), tuple(sorted(two))
 
