@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .ready import Integers, Ready, Schedule, Step, cut
 
 ROUNDS = 10
-"""ExpertFlow's re-split mostly stands still after three."""
+"""Of the re-split, if it does not stand still sooner."""
 
 
 def greedy(ready: Ready) -> Schedule:
