@@ -17,7 +17,9 @@ The caller's loop, with `append` or `finish` for every id in `step.samples`:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from .blocks import BlockPool
 from .requests import Request, Status
@@ -39,14 +41,26 @@ class Step:
     preempted: tuple[str, ...]
 
 
+class Picker(Protocol):
+    """Chooses which requests decode in a step, where not all should: `affinity.picker` for one."""
+
+    def pick(self, ready: Sequence[Request]) -> Collection[str]:
+        """The ids, at least one, of those that decode now, from requests in order of admission. Whoever is passed
+        over keeps its blocks; that this ends (see `Request.passed_over`) is the picker's to see to."""
+        ...
+
+
 class Scheduler:
     """`running` is in order of admission, `waiting` in order of service; read them, do not change them.
 
     Whenever `has_work`, `schedule` gives at least one token, and the oldest running request is never
-    preempted: every request ends. Raises ValueError for limits that cannot work.
+    preempted: every request ends. With a `picker` only those that it picks decode, and prompts have the room that
+    the others leave. Raises ValueError for limits that cannot work.
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_batched_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, max_num_seqs: int, max_batched_tokens: int, picker: Picker | None = None
+    ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
         if max_batched_tokens < max_num_seqs:
@@ -60,6 +74,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.preemptions = 0
+        self._picker = picker
         self._requests: dict[str, Request] = {}
 
     @property
@@ -94,7 +109,7 @@ class Scheduler:
         theirs."""
         singles: dict[str, int] = {}  # one token each: decode, and the odd end of a prompt
         chunks: dict[str, int] = {}
-        preempted = self._schedule_decodes(singles)
+        preempted = self._schedule_decodes(singles) if self._picker is None else self._pick_decodes(singles)
         budget = self.max_batched_tokens - len(singles)
         if len(singles) < len(self.running):
             for request in self.running:
@@ -159,7 +174,24 @@ class Scheduler:
         assert all(r.status is Status.WAITING and not r.block_table and not r.computed for r in self.waiting)
         self.pool.check_integrity(self.running)
 
-    def _schedule_decodes(self, singles: dict[str, int]) -> list[str]:
+    def _pick_decodes(self, singles: dict[str, int]) -> list[str]:
+        """`_schedule_decodes` of those that the picker takes. The last token of a prompt is not its to choose."""
+        assert self._picker is not None
+        ready = [r for r in self.running if r.num_tokens > r.prompt_len and r.num_tokens - r.computed == 1]
+        if not ready:
+            return self._schedule_decodes(singles)
+        ids = {request.id for request in ready}
+        picked = set(self._picker.pick(ready))
+        assert picked and picked <= ids, f"picked {sorted(picked)} of {sorted(ids)}"
+        preempted = self._schedule_decodes(singles, ids - picked)
+        if not singles and all(r.num_tokens - r.computed == 1 for r in self.running):
+            # Those picked were preempted: without this the step would be empty.
+            preempted += self._schedule_decodes(singles)
+        for request in ready:
+            request.passed_over = 0 if request.id in singles or request.id in preempted else request.passed_over + 1
+        return preempted
+
+    def _schedule_decodes(self, singles: dict[str, int], passed_over: Collection[str] = ()) -> list[str]:
         """One token for each running request that has one left; the ids that were preempted to make room.
 
         Only these can need a block, since admission gave each request blocks for all the tokens it knew.
@@ -171,7 +203,7 @@ class Scheduler:
             request = running[at]
             left = len(request.tokens) - request.computed
             assert left > 0, f"{request!r} was sampled, then neither appended to nor finished"
-            if left == 1:
+            if left == 1 and request.id not in passed_over:
                 while not self.pool.may_append(request):
                     victim = running[-1]
                     self._preempt(victim)

@@ -18,7 +18,8 @@ class Request:
     Public fields: `id`; `tokens`, the prompt and then the output; `prompt_len`; `max_total`, the most tokens
     it may reach; `computed`, the number of leading tokens whose KV is in the cache; `block_table`, the KV
     blocks in the order of the tokens; `cached_tokens`, the prompt tokens that the prefix cache had at the
-    first admission; `status`; `payload`, which belongs to the caller.
+    first admission; `status`; `passed_over`, the steps in a row in which it could decode and was not
+    picked; `payload`, which belongs to the caller.
     """
 
     __slots__ = (
@@ -30,6 +31,7 @@ class Request:
         "id",
         "max_total",
         "num_published",
+        "passed_over",
         "payload",
         "prompt_len",
         "started",
@@ -52,6 +54,7 @@ class Request:
         self.started = False  # has been admitted once
         self.computed = 0
         self.cached_tokens = 0
+        self.passed_over = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the leading full blocks; grows, never recomputed
         self.num_published = 0  # leading blocks that the prefix cache has been told about

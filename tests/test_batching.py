@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeyard.scheduler.batching import Scheduler, Step
+from moeyard.scheduler.batching import Picker, Scheduler, Step
 from moeyard.scheduler.blocks import BlockPool
 from moeyard.scheduler.requests import Request, Status
 
@@ -48,9 +48,10 @@ class FakeEngine:
         max_num_seqs: int = 8,
         max_batched_tokens: int = 32,
         prefix_cache: bool = True,
+        picker: Picker | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, prefix_cache)
-        self.scheduler = Scheduler(self.pool, max_num_seqs, max_batched_tokens)
+        self.scheduler = Scheduler(self.pool, max_num_seqs, max_batched_tokens, picker)
         self.kv: Slots = {}
         self.requests: dict[str, Request] = {}
         self.steps: list[Step] = []
