@@ -6,7 +6,7 @@ T: tokens, K: experts per token, D: hidden size, E: experts, R: rows (token and 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -197,8 +197,12 @@ class MoEFunction:
 
     def __init__(self) -> None:
         self._layers: dict[int, MoELayer] = {}
+        self._numbers: dict[int, int] = {}
+        self.recorder: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
+        """Is told each layer's number, ids_TK and weights_TK."""
 
     def add(self, module: nn.Module, layer: MoELayer) -> None:
+        self._numbers[id(module)] = len(self._layers)
         self._layers[id(module)] = layer
 
     @property
@@ -209,4 +213,6 @@ class MoEFunction:
         self, module: nn.Module, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         assert not kwargs, f"unknown arguments {list(kwargs)}"
+        if self.recorder is not None:
+            self.recorder(self._numbers[id(module)], ids_TK, weights_TK)
         return self._layers[id(module)](x_TD, ids_TK, weights_TK)
