@@ -115,7 +115,7 @@ def write_token_trace(path: str, trace: TokenTrace, **more_T: npt.NDArray[Any]) 
     """The file that `read_token_trace` reads, compressed, with `more_T` arrays beside. Raises ValueError when it
     cannot be written.
     """
-    arrays = {
+    arrays: dict[str, Any] = {
         "topk": trace.topk_TLK,
         "seq_start": trace.start_S,
         "seq_domain": trace.domain_S,
@@ -126,7 +126,7 @@ def write_token_trace(path: str, trace: TokenTrace, **more_T: npt.NDArray[Any]) 
     }
     try:
         with open(path, "wb") as file:  # a file, for numpy adds a suffix to a name
-            np.savez_compressed(file, **arrays, **more_T)
+            np.savez_compressed(file, **arrays | more_T)
     except OSError as error:
         raise ValueError(f"--trace {path}: {error.strerror}; give a file that can be written") from error
 
