@@ -77,13 +77,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     for name, value in ENVIRONMENT.items():  # a rank has these from its launcher; torch is not loaded yet
         os.environ.setdefault(name, value)
+    device, free = _device(args)  # before a model takes a part of it
     if args.from_trace:
         trace, config = read_token_trace(args.from_trace), None
     else:
         config = config_from(argparse.Namespace(**vars(args), max_num_seqs=1), EngineConfig)
         trace = _record(args, config)
     found = measure(trace)
-    machine = _machine(args, config, trace)
+    machine = _machine(args, config, trace, device, free)
     rows = _speeds(args, trace, residents, machine) if machine is not None else []
     name = trace.model.name or Path(args.from_trace or "the embedded checkpoint").name
     print(
@@ -193,27 +194,36 @@ def _need(args: argparse.Namespace, trace: TokenTrace) -> Need:
     return Need(**sizes, active=_active(trace), experts=trace.experts * trace.layers)
 
 
-def _machine(args: argparse.Namespace, config: EngineConfig | None, trace: TokenTrace) -> Machine | None:
-    """This machine's rates; None where the trace or the options do not say enough."""
-    need = _need(args, trace)
-    if not need.expert_bytes or (config is None and args.bandwidth is None):
-        return None
+def _device(args: argparse.Namespace) -> tuple[str, int]:
+    """Its type, and the bytes that are free there."""
     from ..engine.memory import choose_device, free_memory
-    from ..launch.machine import host_to_gpu_rate, read_rate
 
     device = choose_device(getattr(args, "device", "auto"))
+    return device.type, int(free_memory(device))
+
+
+def _machine(
+    args: argparse.Namespace, config: EngineConfig | None, trace: TokenTrace, device: str, free: int
+) -> Machine | None:
+    """This machine's rates; None where the trace and the options do not say enough."""
+    from ..launch.machine import host_to_gpu_rate, read_rate
+
+    need = _need(args, trace)
+    if not need.expert_bytes:
+        return None
     if args.bandwidth is not None:
         bandwidth, source = float(parse_size(args.bandwidth, "--bandwidth")), "given"
-    elif device.type == "cuda":
+    elif device == "cuda":
         bandwidth, source = host_to_gpu_rate(), "from the host's memory, measured"
-    else:
+    elif config is not None:
         from ..engine.resolve import resolve_model
         from .disk_rate import disk_rate
 
-        assert config is not None
         path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
         bandwidth, source = disk_rate(sorted(path.glob("*.safetensors")), need.expert_bytes), "the disk, measured"
-    return Machine(bandwidth=bandwidth, memory=read_rate(device.type), free=int(free_memory(device)), source=source)
+    else:
+        return None
+    return Machine(bandwidth=bandwidth, memory=read_rate(device), free=free, source=source)
 
 
 def _speeds(args: argparse.Namespace, trace: TokenTrace, residents: list[float], machine: Machine) -> list[Speed]:
