@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="texts to run, UTF-8")
     parser.add_argument("--from-trace", metavar="FILE", help="read recorded routing (.npz) instead of running a model")
     parser.add_argument("--trace", dest="trace_file", metavar="FILE", help="keep the recorded routing here, .npz")
-    parser.add_argument("--tokens", type=int, metavar="N", help="at most so many tokens of each file (default: all)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="only the first N of each text, or of the trace")
     parser.add_argument(
         "--sequence-tokens", type=int, metavar="N", help=f"cut texts into sequences of so many (default: {LENGTH})"
     )
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     device, free = _device(args)  # before a model takes a part of it
     if args.from_trace:
         trace, config = read_token_trace(args.from_trace), None
+        trace = trace if args.tokens is None else trace.first(args.tokens)
     else:
         config = config_from(argparse.Namespace(**vars(args), max_num_seqs=1), EngineConfig)
         trace = _record(args, config)
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    given = [name for name in ("text", "trace_file", "tokens", "sequence_tokens", "generate") if getattr(args, name)]
+    given = [name for name in ("text", "trace_file", "sequence_tokens", "generate") if getattr(args, name)]
     given += [name for name in ENGINE_OPTIONS if name in args and name != "device"]
     given += ["model"] if args.model_positional is not None else []
     if args.from_trace and given:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..engine.config import format_size
 
 
@@ -76,54 +78,70 @@ def speed(need: Need, machine: Machine, *, share: float, slots: int, misses: flo
     )
 
 
+def between(rows: Sequence[Speed], share: float, need: Need, machine: Machine) -> Speed:
+    """A budget between those of the rows, its misses by a straight line."""
+    shares = [row.share for row in rows]
+    misses, lru, least = (
+        float(np.interp(share, shares, [getattr(row, name) for row in rows])) for name in ("misses", "lru", "least")
+    )
+    slots = round(share * need.experts)
+    return speed(need, machine, share=share, slots=slots, misses=misses, lru=lru, least=least)
+
+
+def hiding_share(rows: Sequence[Speed]) -> float:
+    """From which share of resident experts on reading takes no longer than computing: by a straight line between two
+    rows, or the first row's.
+    """
+    first = next(i for i, row in enumerate(rows) if row.read_s <= row.compute_s)  # with all experts there are no misses
+    if first == 0:
+        return rows[0].share
+    before, after = rows[first - 1], rows[first]
+    part = (before.read_s - before.compute_s) / (before.read_s - after.read_s)
+    return before.share + part * (after.share - before.share)
+
+
 def verdict(rows: Sequence[Speed], need: Need, machine: Machine) -> str:
     """Whether the model suits offloading here, and with which budget, in plain words.
 
-    The rule compares modelled times: it suits if some budget that fits has misses whose reading takes no longer than
-    computing does, so that it can hide behind it. `rows` by budget, the last with all experts.
+    The rule compares modelled times: it suits if a budget fits at which reading what is missed takes no longer than
+    computing, so that it can hide behind it. `rows` by budget, the last with all experts.
     """
-    full, part = rows[-1], rows[:-1]
-    fits = [row for row in part if need.dense_bytes + row.resident_bytes <= machine.free]
-    hidden = [row for row in part if row.read_s <= row.compute_s]
+    full, least = rows[-1], rows[0]
+    hiding = hiding_share(rows)
+    best = between(rows, hiding, need, machine)
     everything = need.dense_bytes + full.resident_bytes
     first = f"All weights take {format_size(everything)}, and {format_size(machine.free)} is free here"
     if everything <= machine.free:
         first += ": this model needs no offloading on this machine."
-        if hidden:
-            return (
-                f"{first} It would suit it: already with {_budget(hidden[0])} resident, reading what is missed takes no"
-                f" longer than computing (by the model up to {_rate(hidden[0].overlapped)})."
-            )
-        if not part:
+        if len(rows) == 1:
             return first
-        last = part[-1]
+        text = f"{first} By the model it would cost no speed down to about {_budget(best)}"
+        if best.share == least.share:
+            return text + ", the smallest budget of the table."
+        return f"{text}; with {_budget(least)} it runs at {_rate(least)} at most instead of {_rate(full)}."
+    room = (machine.free - need.dense_bytes) / full.resident_bytes
+    if room < least.share:
+        return f"{first}: not even the smallest budget of the table fits, {_budget(least)} beside the other weights."
+    if hiding <= room:
         return (
-            f"{first} It would not suit it: already with {_budget(last)} resident, reading what is missed takes"
-            f" {last.read_s / last.compute_s:.3g} times as long as computing (by the model at most"
-            f" {_rate(last.overlapped)} instead of {_rate(full.overlapped)})."
+            f"{first}: this model suits offloading on this machine. Give it about {_budget(best)}: from there on"
+            f" reading what is missed takes no longer than computing, up to {_rate(full)}, as with all of them."
         )
-    if not fits:
-        return f"{first}: the smallest budget of the table does not fit, so this machine cannot run the model."
-    if hidden and hidden[0] in fits:
-        best = hidden[0]
-        return (
-            f"{first}: this model suits offloading on this machine. Give it {_budget(best)}: reading what is missed"
-            f" then takes no longer than computing, up to {_rate(best.overlapped)}, as with all of them."
-        )
-    best = fits[-1]
+    most = between(rows, room, need, machine)
     return (
-        f"{first}: this model does not suit offloading on this machine, for reading takes longer than computing with"
-        f" every budget that fits. If it must run, give it {_budget(best)}: at most {_rate(best.overlapped)} by the"
-        f" model, {best.overlapped / full.overlapped:.2g} of the speed with all of them."
+        f"{first}: this model does not suit offloading on this machine, for reading what is missed takes longer than"
+        f" computing with every budget that fits; it would take about {_budget(best)}. If it must run, give it all that"
+        f" fits, {_budget(most)}: by the model {_rate(most)} at most, {most.overlapped / full.overlapped:.0%} of the"
+        " speed with all of them."
     )
 
 
 def _budget(row: Speed) -> str:
-    return f"{format_size(row.resident_bytes)} of experts ({100 * row.share:.4g} %)"
+    return f"{format_size(row.resident_bytes)} of experts ({100 * row.share:.3g} %)"
 
 
-def _rate(tokens: float) -> str:
-    return f"{rate_text(tokens)} tokens/s"
+def _rate(row: Speed) -> str:
+    return f"{rate_text(row.overlapped)} tokens/s"
 
 
 def rate_text(tokens: float) -> str:

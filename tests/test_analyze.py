@@ -107,9 +107,10 @@ def test_the_command(texts, tmp_path, capsys):
     assert main(["analyze", *again]) == 0
     other = capsys.readouterr().out
     assert "expected speed is left out" in other and other.split("\n\n")[:4] == out.split("\n\n")[:4]
-    assert main(["analyze", *again, "--bandwidth", "1MB", "--residents", "0.25,0.5"]) == 0
+    assert main(["analyze", *again, "--bandwidth", "1MB", "--residents", "0.25,0.5", "--tokens", "150"]) == 0
     slow = capsys.readouterr().out
-    assert "It would not suit it" in slow and "(given)" in slow
+    assert "150 tokens in 3 sequences" in slow and "(given)" in slow and "this model needs no offloading" in slow
+    assert "with 9 MiB of experts (25 %) it runs at" in slow
 
     # and every policy of the replay can read it
     assert main(["bench", "replay", "--trace", str(trace_path), "--policies", "lru", "--jobs", "1"]) == 0
@@ -186,13 +187,13 @@ def test_speeds_are_the_larger_and_the_sum_of_both_times():
 @pytest.mark.parametrize(
     ("free", "misses", "says"),
     [
-        (1100, (9, 4), ("needs no offloading", "It would suit it: already with 400 B of experts (40 %)")),
-        (1100, (9, 6), ("needs no offloading", "would not suit it", "1.2 times as long")),
-        (600, (9, 4), ("this model suits offloading", "Give it 400 B of experts (40 %)")),
-        (600, (5, 4), ("this model suits offloading", "Give it 100 B of experts (10 %)")),
-        (600, (9, 6), ("does not suit offloading", "If it must run, give it 400 B of experts (40 %)")),
-        (300, (9, 4), ("does not suit offloading", "give it 100 B of experts (10 %)")),
-        (150, (9, 4), ("the smallest budget of the table does not fit",)),
+        (1100, (9, 4), ("needs no offloading", "down to about 340 B of experts (34 %); with 100 B", "0.556 tokens/s")),
+        (1100, (5, 4), ("needs no offloading", "100 B of experts (10 %), the smallest")),
+        (600, (9, 4), ("this model suits offloading", "Give it about 340 B of experts (34 %)", "up to 1 tokens/s")),
+        (580, (9, 6), ("does not suit offloading", "about 500 B of experts (50 %)", "0.962 tokens/s", "96%")),
+        (441, (9, 4), ("this model suits offloading",)),
+        (430, (9, 4), ("does not suit offloading", "all that fits, 330 B of experts (33 %)")),
+        (150, (9, 4), ("not even the smallest budget of the table fits, 100 B",)),
     ],
 )
 def test_the_verdict_compares_times(free, misses, says):
