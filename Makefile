@@ -4,6 +4,8 @@
 #   make serve ARGS="--port 80"  a server that stays up
 PYTHON ?= python3
 ARGS ?=
+# Test files that run at the same time: most wait for processes to start.
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: setup
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 demo: setup
 	$(BIN)/python -P -m moeyard.launch.demo

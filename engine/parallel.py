@@ -27,7 +27,7 @@ from ..scheduler.row_budget import RowBudget
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import EMPTY, ExpertTable
 from .balance import BalanceFigures, Balancer
-from .config import EngineConfig, format_size, parse_size
+from .config import WITHOUT_GUESTS, EngineConfig, format_size, parse_size
 from .decode_tables import DecodeTables
 from .dispatch import PlanMismatch
 from .group import RankGroup
@@ -476,9 +476,11 @@ def balance_planner(config: EngineConfig) -> Planner | None:
 
 
 def guest_bytes(config: EngineConfig, expert: int, slots: int) -> int:
-    """The room for guests: what the option says, or that of as many experts as a rank has, at most eight. Raises
-    ValueError for room in which no expert fits.
+    """The room for guests: what the option says, or that of as many experts as a rank has, at most eight; none for
+    planners that move no weights. Raises ValueError for room in which no expert fits.
     """
+    if config.balance in WITHOUT_GUESTS:
+        return 0
     if config.guest_memory is None:
         return min(slots, AUTO_GUESTS) * expert
     nbytes = parse_size(config.guest_memory, "guest_memory")

@@ -16,8 +16,8 @@ ENVIRONMENT = {
     # oneDNN keeps a compiled primitive for each shape that it has seen, at least a quarter of a megabyte each and up to
     # a thousand, and so does the layer by which PyTorch calls it. Experts see many numbers of rows; to compile one
     # again takes a millisecond.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
-    "LRU_CACHE_CAPACITY": "32",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24",
+    "LRU_CACHE_CAPACITY": "24",
 }
 
 

@@ -135,9 +135,10 @@ def test_the_room_copies_an_expert_to_another_slot():
 
 
 def test_a_room_too_small_for_an_expert_is_refused():
-    def room(text):
-        return guest_bytes(SimpleNamespace(guest_memory=text), 2048, slots=3)
+    def room(text, balance="auto"):
+        return guest_bytes(SimpleNamespace(guest_memory=text, balance=balance), 2048, slots=3)
 
     assert (room(None), room("0B"), room("2KiB"), room("1MiB")) == (3 * 2048, 0, 2048, 2**20)
+    assert room(None, "metro") == 0  # moves no weights
     with pytest.raises(ValueError, match="guest_memory is 1KiB, and an expert"):
         room("1KiB")

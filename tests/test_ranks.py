@@ -72,6 +72,7 @@ def facts_of(engine):
         "tables": engine._parallel.tables,
         "phases": engine.progress.totals_ns,
         "threads": engine.info["threads"],
+        "guest_bytes": engine.info["guest_bytes"],
     }
 
 
@@ -147,6 +148,7 @@ def worlds():
         ("qwen3_moe", 2, {"dispatcher": "all_gather", "chunks": "4"}),
         ("deepseek_v3", 3, {"dispatcher": "all_to_all", "chunks": "2"}),
         ("gpt_oss", 3, {"redundant_experts": 1, "expert_placement": "round_robin"}),
+        ("gpt_oss", 2, {"redundant_experts": 2, "balance": "tempo"}),
     ],
 )
 def test_greedy_tokens_are_those_of_transformers(checkpoints, worlds, architecture, ranks, options):
@@ -166,6 +168,8 @@ def test_greedy_tokens_are_those_of_transformers(checkpoints, worlds, architectu
         if architecture == "deepseek_v3" and by_rank[rank]:
             assert facts["early"] > 0 and facts["phases"]["shared"] > 0
     assert all(facts["slots"][0] < 8 for _, facts in results)
+    has_room = "balance" not in options and options.get("dispatcher") != "all_gather"
+    assert all((facts["guest_bytes"] > 0) == has_room for _, facts in results)
 
 
 SEVEN = {"num_experts": 7}
