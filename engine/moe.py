@@ -6,7 +6,7 @@ T: tokens, K: experts per token, D: hidden size, E: experts, R: rows (token and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .guests import Cutter
 from .measure import rank_constants
 from .overlap import Overlap
 from .parallel_layer import ParallelLayer
+from .recorder import RoutingRecorder
 
 ROW_COUNTS = (16, 32, 64, 128, 256)
 """Rows per expert at which the compiled kernels and one GEMM per expert are timed against each other."""
@@ -198,8 +199,8 @@ class MoEFunction:
     def __init__(self) -> None:
         self._layers: dict[int, MoELayer] = {}
         self._numbers: dict[int, int] = {}
-        self.recorder: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
-        """Is told each layer's number, ids_TK and weights_TK."""
+        self.recorder: RoutingRecorder | None = None
+        """Is told what the router of each layer chose."""
 
     def add(self, module: nn.Module, layer: MoELayer) -> None:
         self._numbers[id(module)] = len(self._layers)
