@@ -23,6 +23,9 @@ from moeyard.engine.resolve import EMBEDDED
 from moeyard.kernels.environment import ENVIRONMENT
 from moeyard.launch import machine
 from moeyard.scheduler.locality import hit_rate, segment_groups, segment_hit_rate
+from moeyard.scheduler.residency.policies import LRU
+from moeyard.scheduler.residency.replay import replay
+from moeyard.scheduler.residency.slots import Budget
 
 OPTIONS = ("--dtype", "float32", "--device", "cpu", "--threads", "1", "--kv-memory", "4MiB", "--no-progress")
 
@@ -164,6 +167,19 @@ def test_facts_of_the_model_survive_in_the_file(tmp_path):
     assert (found.model, found.experts, found.digest) == (facts, 9, "d") and found.of({"b"}).model == facts
     with pytest.raises(ValueError, match="--trace"):
         write_token_trace(str(tmp_path / "no" / "x"), trace)
+
+
+def test_a_replay_counts_only_what_comes_after_its_warm_up():
+    rng = np.random.default_rng(1)
+    topk = np.array([[rng.permutation(8)[:2] for _ in range(3)] for _ in range(40)])
+    whole, begin, rest = (
+        replay(LRU(Budget(layers=3, experts=8, slots=9)), part, warm_up=warm_up)
+        for part, warm_up in ((topk, 0), (topk[:25], 0), (topk, 25))
+    )
+    assert rest.steps == 15
+    for name in ("hits", "misses", "copies"):
+        assert getattr(rest, name) == getattr(whole, name) - getattr(begin, name)
+    assert rest.used <= rest.copies
 
 
 # Modelled times
