@@ -54,6 +54,12 @@ def _generate(args: argparse.Namespace) -> int:
     return run(config_from(args, EngineConfig), args)
 
 
+def _analyze(args: argparse.Namespace) -> int:
+    from .bench.analyze import run
+
+    return run(args)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from .launch.doctor import run
 
@@ -94,6 +100,12 @@ def _fill_generate(parser: Parser) -> None:
     add_options(parser, EngineConfig)
 
 
+def _fill_analyze(parser: Parser) -> None:
+    from .bench.analyze import add_arguments
+
+    add_arguments(parser)
+
+
 def _fill_doctor(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -118,6 +130,7 @@ COMMANDS = {
     "bench": (_bench, _fill_benches, f"measure: {', '.join(BENCHES)}"),
     "plan": (_plan, _fill_plan, "show what fits in memory, before loading"),
     "profile": (_profile, _fill_profile, "measure what the cost model needs: experts, links between ranks"),
+    "analyze": (_analyze, _fill_analyze, "measure how local a model's routing is, and what offloading would cost"),
     "doctor": (_doctor, _fill_doctor, "show devices, measured rates, libraries, and what is missing"),
 }
 

@@ -94,6 +94,8 @@ class Task:
     resident: float
     budget: Budget
     margin: float = MARGIN
+    warm_up: int = 0
+    """Steps at the beginning that are not counted."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -126,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             predictor.save(args.save_predictor)
     tallies: list[Tally] = []
     with tqdm(total=len(tasks), unit="replay", disable=None, delay=2, leave=False) as bar:
-        for tally in _replayed(tasks, score, predictor, args.jobs or usable_cores()):
+        for tally in replayed(tasks, score, predictor, args.jobs or usable_cores()):
             tallies.append(tally)
             bar.update()
     rows = [
@@ -218,7 +220,7 @@ def _of(tasks: Sequence[Task], tallies: Sequence[Tally], policy: str, like: Task
 # Replays, in processes of their own
 
 
-def _replayed(tasks: Sequence[Task], trace: TokenTrace, predictor: NextUse | None, jobs: int) -> Iterator[Tally]:
+def replayed(tasks: Sequence[Task], trace: TokenTrace, predictor: NextUse | None, jobs: int) -> Iterator[Tally]:
     """The tally of each task, in order."""
     if jobs == 1:
         for task in tasks:
@@ -251,7 +253,8 @@ def _task(task: Task) -> Tally:
 
 def _one(task: Task, trace: TokenTrace, predictor: NextUse | None) -> Tally:
     if task.policy != "predicted":
-        return replay(POLICIES[task.policy](task.budget, trace), trace.topk_TLK)
+        return replay(POLICIES[task.policy](task.budget, trace), trace.topk_TLK, warm_up=task.warm_up)
     assert predictor is not None
     scores_TLE = predictor.scores(trace.topk_TLK, trace.start_S)
-    return replay(PredictedUse(task.budget, task.margin), trace.topk_TLK, lambda step: scores_TLE[step])
+    policy = PredictedUse(task.budget, task.margin)
+    return replay(policy, trace.topk_TLK, lambda step: scores_TLE[step], warm_up=task.warm_up)

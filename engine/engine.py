@@ -48,6 +48,7 @@ from .overlap import find_overlap
 from .parallel import Parallel, Seat, balance_planner, check_alike, first_tables
 from .params import SamplingParams
 from .progress import Progress
+from .recorder import RoutingRecorder
 from .resolve import resolve_model
 from .sampling import Sampled, SequenceSampler, sample
 
@@ -165,6 +166,11 @@ class Engine:
         """Take part in steps until all ranks have seen this number and none has work."""
         if self._parallel is not None:
             self._parallel.wake(number)
+
+    def record_routing(self) -> RoutingRecorder:
+        """Records the routing of all that this rank computes from now on."""
+        self._experts.recorder = RoutingRecorder([layer.top_k for layer in self.spec.experts])
+        return self._experts.recorder
 
     def place(self, version: int, tables: Sequence[Any]) -> None:
         """Move the experts to these tables. Raises ValueError for tables that are not this model's."""

@@ -21,6 +21,7 @@ from .guests import Cutter
 from .measure import rank_constants
 from .overlap import Overlap
 from .parallel_layer import ParallelLayer
+from .recorder import RoutingRecorder
 
 ROW_COUNTS = (16, 32, 64, 128, 256)
 """Rows per expert at which the compiled kernels and one GEMM per expert are timed against each other."""
@@ -197,8 +198,12 @@ class MoEFunction:
 
     def __init__(self) -> None:
         self._layers: dict[int, MoELayer] = {}
+        self._numbers: dict[int, int] = {}
+        self.recorder: RoutingRecorder | None = None
+        """Is told what the router of each layer chose."""
 
     def add(self, module: nn.Module, layer: MoELayer) -> None:
+        self._numbers[id(module)] = len(self._layers)
         self._layers[id(module)] = layer
 
     @property
@@ -209,4 +214,6 @@ class MoEFunction:
         self, module: nn.Module, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         assert not kwargs, f"unknown arguments {list(kwargs)}"
+        if self.recorder is not None:
+            self.recorder(self._numbers[id(module)], ids_TK, weights_TK)
         return self._layers[id(module)](x_TD, ids_TK, weights_TK)

@@ -38,12 +38,14 @@ def replay(
     topk_TLK: npt.NDArray[Any],
     scores: Callable[[int], npt.NDArray[Any]] | None = None,
     progress: Callable[[int], object] = lambda steps: None,
+    warm_up: int = 0,
 ) -> Tally:
     """Runs the trace [T steps, L layers, K] (-1: none) from its beginning; each (step, layer) is one event.
 
     Args:
         scores: of a step the predicted use [L, E] after it; for policies that use a predictor.
         progress: is told numbers of finished steps, from time to time.
+        warm_up: so many steps at the beginning are replayed and not counted.
     """
     hits = misses = copies = used = told = 0
     fresh: set[Place] = set()
@@ -54,6 +56,9 @@ def replay(
         return len(decision.admitted)
 
     for step, ids_LK in enumerate(topk_TLK.tolist()):
+        if step == warm_up:
+            hits = misses = copies = used = 0
+            fresh.clear()
         context = Context(step=step)
         for layer, ids in enumerate(ids_LK):
             decision = policy.step(layer, [i for i in ids if i >= 0], context)
@@ -72,7 +77,7 @@ def replay(
             progress(step + 1 - told)
             told = step + 1
     progress(len(topk_TLK) - told)
-    return Tally(steps=len(topk_TLK), hits=hits, misses=misses, copies=copies, used=used)
+    return Tally(steps=len(topk_TLK) - warm_up, hits=hits, misses=misses, copies=copies, used=used)
 
 
 def excess_closed(misses: int, lru: int, least: int) -> float:
