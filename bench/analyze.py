@@ -30,7 +30,7 @@ from .token_trace import TokenTrace, read_token_trace, write_token_trace
 
 T = TypeVar("T")
 OTHER_OPTIONS = {
-    *FOR_SEVERAL_RANKS, "ep", "launcher", "cluster_port", "on_rank_loss", "trace",
+    *FOR_SEVERAL_RANKS, "ep", "launcher", "cluster_port", "on_rank_loss", "trace", "placement",
     "max_num_seqs", "prefix_cache", "generation_config",
 }  # fmt: skip
 """Of the engine, which mean nothing here: one rank runs one sequence after the other."""
@@ -84,9 +84,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = config_from(argparse.Namespace(**vars(args), max_num_seqs=1), EngineConfig)
         trace = _record(args, config)
-    found = measure(trace)
+    progress = config is None or config.progress
+    found = measure(trace, progress)
     machine = _machine(args, config, trace, device, free)
-    rows = _speeds(args, trace, residents, machine) if machine is not None else []
+    rows = _speeds(args, trace, residents, machine, progress) if machine is not None else []
     name = trace.model.name or Path(args.from_trace or "the embedded checkpoint").name
     print(
         f"{name}: {len(trace.topk_TLK)} tokens in {len(trace.start_S)} sequences; {trace.layers} MoE layers of"
@@ -148,7 +149,7 @@ def _record(args: argparse.Namespace, config: EngineConfig) -> TokenTrace:
 # Locality
 
 
-def measure(trace: TokenTrace) -> Locality:
+def measure(trace: TokenTrace, progress: bool = True) -> Locality:
     """All measures of a trace, with the sequences as they are."""
     topk, start, experts = trace.topk_TLK, trace.start_S, trace.experts
     active = round(_active(trace))
@@ -156,25 +157,25 @@ def measure(trace: TokenTrace) -> Locality:
     longest = locality.longest(start, len(topk))
     lengths = [length for length in LENGTHS if length <= longest]
     groups = dict.fromkeys(LENGTHS, None) | {
-        length: locality.segment_groups(topk, start, experts, length) for length in _bar(lengths, "SRP")
+        length: locality.segment_groups(topk, start, experts, length) for length in _bar(lengths, "SRP", progress)
     }
     cells = [(length, ratio) for length in lengths for ratio in sizes]
     return Locality(
         groups=groups,
         segment_hits={
             (length, ratio): locality.segment_hit_rate(topk, start, experts, sizes[ratio], length)
-            for length, ratio in _bar(cells, "SCH")
+            for length, ratio in _bar(cells, "SCH", progress)
         },
         hits={
             (rule, ratio): locality.hit_rate(topk, start, experts, sizes[ratio], rule)
-            for rule, ratio in _bar([(rule, ratio) for rule in RULES for ratio in sizes], "hit rates")
+            for rule, ratio in _bar([(rule, ratio) for rule in RULES for ratio in sizes], "hit rates", progress)
         },
         skew=locality.skew(topk, experts),
     )
 
 
-def _bar(items: Sequence[T], text: str) -> Iterator[T]:
-    return iter(tqdm(items, desc=text, disable=None, delay=2, leave=False))
+def _bar(items: Sequence[T], text: str, progress: bool) -> Iterator[T]:
+    return iter(tqdm(items, desc=text, disable=None if progress else True, delay=2, leave=False))
 
 
 def _active(trace: TokenTrace) -> float:
@@ -227,7 +228,9 @@ def _machine(
     return Machine(bandwidth=bandwidth, memory=read_rate(device), free=free, source=source)
 
 
-def _speeds(args: argparse.Namespace, trace: TokenTrace, residents: list[float], machine: Machine) -> list[Speed]:
+def _speeds(
+    args: argparse.Namespace, trace: TokenTrace, residents: list[float], machine: Machine, progress: bool
+) -> list[Speed]:
     """A row for each budget, by its size, and one for all experts."""
     need = _need(args, trace)
     layers, top_k = trace.layers, trace.topk_TLK.shape[2]
@@ -238,7 +241,8 @@ def _speeds(args: argparse.Namespace, trace: TokenTrace, residents: list[float],
         budget = Budget(layers=layers, experts=trace.experts, slots=slots, floor=min(top_k, slots // layers))
         tasks += [Task(policy=name, resident=share, budget=budget, warm_up=warm_up) for name in POLICIES]
     tallies = []
-    with tqdm(total=len(tasks), unit="replay", disable=None, delay=2, leave=False) as bar:
+    disable = None if progress else True
+    with tqdm(total=len(tasks), unit="replay", disable=disable, delay=2, leave=False) as bar:
         for tally in replayed(tasks, trace, None, args.jobs or usable_cores()):
             tallies.append(tally)
             bar.update()
