@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import struct
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ class Checkpoint:
         self.path = path
         self.entries: dict[str, Entry] = {}
         self._open: OrderedDict[Path, Any] = OrderedDict()
+        self._lock = threading.Lock()  # of the open files and where they are read
         files, expected = _files_of(path)
         for file in files:
             for entry in read_header(file):
@@ -111,11 +113,12 @@ class Checkpoint:
         data: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
         room = memoryview(data)
         try:
-            file = self._file(entry.file)
-            file.seek(begin)
-            got = 0
-            while got < len(room) and (count := file.readinto(room[got:])):
-                got += count
+            with self._lock:
+                file = self._file(entry.file)
+                file.seek(begin)
+                got = 0
+                while got < len(room) and (count := file.readinto(room[got:])):
+                    got += count
         except OSError as error:
             raise ValueError(f"checkpoint: {entry.file.name} cannot be read: {error.strerror or error}") from error
         if got < len(room):

@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,7 +218,31 @@ class ExpertReader:
 
     def read(self, expert: int) -> dict[str, torch.Tensor]:
         """Parameters of one expert, each of `shape(parameter)`, in the checkpoint's type; copy what is kept."""
-        return {name: self._read(recipe, expert) for name, recipe in self._recipes.items()}
+        return dict(self.parts(expert))
+
+    def parts(self, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `read` gives, one after the other, so that only one needs memory at a time."""
+        for name, recipe in self._recipes.items():
+            yield name, self._read(recipe, expert)
+
+    @property
+    def files(self) -> set[Path]:
+        """The files with the layer's experts."""
+        entries = self._weights.checkpoint.entries
+        return {entries[name].file for recipe in self._recipes.values() for name in recipe.names}
+
+    @property
+    def scratch(self) -> int:
+        """Most bytes that `parts` takes at a time: a parameter as stored, and once more where it is converted."""
+        return max(
+            sum(self._stored(names) for names in recipe.sources.values()) * (1 if recipe.converter is None else 2)
+            for recipe in self._recipes.values()
+        )
+
+    def _stored(self, names: list[str]) -> int:
+        """Bytes of one expert's part of a recipe's source: a tensor for each expert, or one for all."""
+        sizes = [self._weights.checkpoint.entries[name].nbytes for name in names]
+        return max(sizes) if len(sizes) > 1 else -(-sizes[0] // self.spec.num_experts)
 
     def _read(self, recipe: Recipe, expert: int) -> torch.Tensor:
         weights = self._weights
