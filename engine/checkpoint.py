@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
-import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,29 @@ class Entry:
     nbytes: int
     begin: int  # of its data, in bytes from the start of the file
 
+    @property
+    def itemsize(self) -> int:
+        return _ITEM_BYTES[self.dtype]
+
+    def row(self, index: int) -> Entry:
+        """Row `index` of the first dimension, kept as a dimension of 1."""
+        nbytes = self.nbytes // self.shape[0]
+        return replace(self, shape=(1, *self.shape[1:]), nbytes=nbytes, begin=self.begin + index * nbytes)
+
+    def view(self, data_B: torch.Tensor) -> torch.Tensor:
+        """This tensor's bytes as the tensor that they are."""
+        return data_B.view(_TYPES[self.dtype]).view(self.shape)
+
+
+Stamp = tuple[int, int, int, int]
+"""Device, inode, size and time of change: what tells that a file is no longer the one that was looked into."""
+
+
+def stamp_of(file: Path | int) -> Stamp:
+    """Raises OSError for a file that is no longer there."""
+    found = os.stat(file)
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
 
 class Checkpoint:
     """The tensors of a checkpoint directory. Raises ValueError naming file, expected and found when it is damaged."""
@@ -53,10 +76,12 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = path
         self.entries: dict[str, Entry] = {}
+        self.stamps: dict[Path, Stamp] = {}
+        """Each file as it was before its header was read."""
         self._open: OrderedDict[Path, Any] = OrderedDict()
-        self._lock = threading.Lock()  # of the open files and where they are read
         files, expected = _files_of(path)
         for file in files:
+            self.stamps[file] = stamp_of(file)
             for entry in read_header(file):
                 if entry.name in self.entries:
                     other = self.entries[entry.name].file.name
@@ -94,31 +119,24 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """A stored tensor, in memory of its own."""
-        entry = self.entries[name]
-        return self._read(entry, entry.begin, entry.shape)
-
-    def read_row(self, name: str, index: int) -> torch.Tensor:
-        """Row `index` of the first dimension, kept as a dimension of 1, without reading the others."""
-        entry = self.entries[name]
-        row = entry.nbytes // entry.shape[0]
-        return self._read(entry, entry.begin + index * row, (1, *entry.shape[1:]))
+        return self.read_part(self.entries[name])
 
     def close(self) -> None:
         """Closes the files; reading opens them again."""
         while self._open:
             self._open.popitem()[1].close()
 
-    def _read(self, entry: Entry, begin: int, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = torch.empty(shape, dtype=_TYPES[entry.dtype])
+    def read_part(self, entry: Entry) -> torch.Tensor:
+        """A stored tensor or a row of one, in memory of its own."""
+        tensor = torch.empty(entry.shape, dtype=_TYPES[entry.dtype])
         data: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
         room = memoryview(data)
         try:
-            with self._lock:
-                file = self._file(entry.file)
-                file.seek(begin)
-                got = 0
-                while got < len(room) and (count := file.readinto(room[got:])):
-                    got += count
+            file = self._file(entry.file)
+            file.seek(entry.begin)
+            got = 0
+            while got < len(room) and (count := file.readinto(room[got:])):
+                got += count
         except OSError as error:
             raise ValueError(f"checkpoint: {entry.file.name} cannot be read: {error.strerror or error}") from error
         if got < len(room):

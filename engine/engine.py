@@ -36,6 +36,7 @@ from .attention import PagedAttention
 from .balance import warm_up as planner_warm_up
 from .config import EngineConfig, format_size
 from .cpu_linear import use_small_row_kernels
+from .expert_files import ExpertUnreadable
 from .grammar import GrammarCompiler
 from .group import RankGroup, RankLost
 from .kv_cache import KVCache, Span, StepBatch, make_batch
@@ -51,7 +52,7 @@ from .params import SamplingParams
 from .progress import Progress
 from .resolve import resolve_model
 from .sampling import Sampled, SequenceSampler, sample
-from .store import ExpertUnreadable
+from .store import ExpertLate
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +279,7 @@ class Engine:
             self.progress.step += 1
         try:
             logits_BV = self._run(step)
-        except ExpertUnreadable as error:
+        except (ExpertUnreadable, ExpertLate) as error:
             logger.error("%s; %d requests of this step end with it", error, len(step.tokens))
             return [self._fail(request_id, str(error)) for request_id in step.tokens]
         if self._parallel is not None:
@@ -314,7 +315,7 @@ class Engine:
         """Forgets the functions registered with transformers, which keep the model's memory alive."""
         unplug(self._name)
         if self._offload is not None:
-            self._offload.store.close()
+            self._offload.close()
 
     def _load(self, blueprint: Blueprint, seat: Seat | None) -> MoEFunction:
         """The weights; of the experts only this rank's, where there are several."""

@@ -73,15 +73,15 @@ class ExpertPool:
     def fill(self, slot: int, expert: int) -> None:
         """Reads an expert from the checkpoint into a slot."""
         self.contents[slot] = EMPTY
+        views = self.views(slot)
         for parameter, tensor in self.reader.read(expert).items():
-            self.write(slot, parameter, tensor)
+            views[parameter].copy_(tensor)
         self.contents[slot] = expert
 
-    def write(self, slot: int, parameter: str, tensor: torch.Tensor) -> None:
-        """Writes a parameter of an expert, as `ExpertReader` gives it, into a slot."""
-        if tensor.dim() == 2 and self.spec.is_transposed:
-            tensor = tensor.t()
-        getattr(self, self._names[parameter])[slot].copy_(tensor)
+    def views(self, slot: int) -> dict[str, torch.Tensor]:
+        """A slot's tensors by parameter, in the layout of `ExpertReader.read`."""
+        views = {parameter: getattr(self, name)[slot] for parameter, name in self._names.items()}
+        return {p: t.t() if t.dim() == 2 and self.spec.is_transposed else t for p, t in views.items()}
 
     def zero(self) -> None:
         """Writes zeros to all slots."""

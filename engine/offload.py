@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,8 @@ from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, def
 from ..scheduler.residency.slots import Budget, Policy
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
-from .store import ExpertStore, ExpertUnreadable, StoreSize, Visit, share_out
+from .expert_files import AlignedBuffer, ExpertFiles
+from .store import READ_TIMEOUT_S, ExpertStore, StoreSize, Visit, share_out
 
 if TYPE_CHECKING:
     from .experts import ExpertPool
@@ -73,7 +74,9 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint) -> OffloadPlan | No
     shapes = {tuple((name, r.shape(name), r.dtype(name)) for name in r.spec.parameters) for r in readers}
     if len(shapes) > 1:
         raise ValueError("expert_memory: the experts of this model's layers differ in shape; leave it out")
-    size = share_out(budget, readers[0].nbytes, max(reader.scratch for reader in readers))
+    files = ExpertFiles(readers)
+    files.close()
+    size = share_out(budget, readers[0].nbytes, files.buffer_bytes)
     experts = max(spec.num_experts for spec in specs)
     slots = min(size.slots, len(specs) * experts)
     floor = min(*(spec.top_k for spec in specs), slots // len(specs), experts)
@@ -82,31 +85,30 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint) -> OffloadPlan | No
 
 
 class CheckpointSource:
-    """Experts from the checkpoint's own files, which must stay as they were when this was made."""
+    """Experts from the checkpoint's own files, past the page cache where that is possible; `buffers` reads at a time,
+    each through memory of its own.
+    """
 
-    def __init__(self, pools: Sequence[ExpertPool]) -> None:
+    def __init__(self, files: ExpertFiles, pools: Sequence[ExpertPool], buffers: int) -> None:
+        self._files = files
         self._pools = pools
-        self._files = [{file: _state(file) for file in pool.reader.files} for pool in pools]
+        self._buffers: SimpleQueue[AlignedBuffer] = SimpleQueue()
+        for _ in range(buffers):
+            self._buffers.put(AlignedBuffer(files.buffer_bytes))
 
     def read_into(self, layer: int, expert: int, place: int) -> int:
         """As `store.Source` says."""
-        pool, total = self._pools[layer], 0
+        buffer = self._buffers.get(timeout=READ_TIMEOUT_S)  # there are as many as threads
         try:
-            for parameter, tensor in pool.reader.parts(expert):
-                pool.write(place, parameter, tensor)
-                total += tensor.nbytes
-            for file, state in self._files[layer].items():  # last: it may change while it is read
-                if _state(file) != state:
-                    raise ValueError(f"{os.path.basename(file)} changed while it was in use")
-        except (OSError, ValueError) as error:
-            raise ExpertUnreadable(f"expert {expert} of {pool.spec.module} cannot be read: {error}") from error
-        return total
+            for _ in self._files.steps(layer, expert, buffer):
+                pass
+            self._files.copy(layer, expert, buffer, self._pools[layer].views(place))
+        finally:
+            self._buffers.put(buffer)
+        return sum(extent.nbytes for extent in self._files.extents(layer, expert))
 
-
-def _state(file: str | os.PathLike[str]) -> tuple[int, ...]:
-    """What changes when a file is replaced, cut or written to."""
-    status = os.stat(file)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    def close(self) -> None:
+        self._files.close()
 
 
 class Offload:
@@ -114,13 +116,22 @@ class Offload:
 
     def __init__(self, plan: OffloadPlan, layers: Sequence[MoELayer]) -> None:
         self.plan = plan
-        self.store = ExpertStore(plan.size, plan.policy(), CheckpointSource([layer.pool for layer in layers]))
+        pools = [layer.pool for layer in layers]
+        files = ExpertFiles([pool.reader for pool in pools])
+        files.drop_cached_pages()
+        self.source = CheckpointSource(files, pools, plan.size.readers)
+        self.store = ExpertStore(plan.size, plan.policy(), self.source)
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, layer, number)
 
     def forget(self) -> None:
         """Empties the store, as after the start."""
         self.store.forget(self.plan.policy())
+
+    def close(self) -> None:
+        """Ends reading. What is on its way is waited for, within `READ_TIMEOUT_S`."""
+        if self.store.close():
+            self.source.close()
 
     def figures(self) -> dict[str, int]:
         """The fields of `Stats` that are about the store."""
@@ -147,7 +158,7 @@ class OffloadedLayer:
     ) -> torch.Tensor:
         """Weighted sums [T, D] over the experts of each token; -1 adds nothing. `counts_E` are the experts' rows.
 
-        Raises ExpertUnreadable.
+        Raises ExpertUnreadable and ExpertLate.
         """
         layer, counts = self._layer, counts_E.tolist()
         visit = self._store.visit(self._number, (expert for expert, count in enumerate(counts) if count))

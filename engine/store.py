@@ -23,8 +23,8 @@ READ_TIMEOUT_S = 60.0
 """How long a layer may wait for one expert."""
 
 
-class ExpertUnreadable(RuntimeError):
-    """An expert's weights cannot be read: the file is gone, cut or changed, or the disk does not answer."""
+class ExpertLate(RuntimeError):
+    """The disk did not give an expert in time."""
 
 
 class Source(Protocol):
@@ -33,7 +33,7 @@ class Source(Protocol):
     def read_into(self, layer: int, expert: int, place: int) -> int:
         """Writes an expert of MoE layer `layer` into a place; the bytes that were read for it.
 
-        Raises ExpertUnreadable; the place's contents are not used then.
+        What it raises, `expert_files.ExpertUnreadable`, ends the visit; the place's contents are not used then.
         """
         ...
 
@@ -128,8 +128,8 @@ class Visit:
 class ExpertStore:
     """Places of experts, decided by `policy`, filled from `source`. It starts empty.
 
-    Not for several threads: the layers run one after the other. After an ExpertUnreadable the next `visit` works as if
-    the failed one had read nothing.
+    Not for several threads: the layers run one after the other. After a visit that failed, the next one works as if
+    that had read nothing of what was on its way.
     """
 
     def __init__(self, size: StoreSize, policy: Policy, source: Source) -> None:
@@ -169,7 +169,7 @@ class ExpertStore:
     def visit(self, layer: int, experts: Iterable[int]) -> Visit:
         """One event: a layer needs these experts. Those that are here run first, then the others as they come.
 
-        The groups raise ExpertUnreadable.
+        The groups raise what the source does, and ExpertLate.
         """
         self._settle()
         need = sorted(set(experts))
@@ -188,9 +188,10 @@ class ExpertStore:
         self._account()
         return Visit((*here, *gone), self._groups(layer, here, gone))
 
-    def close(self) -> None:
-        """Ends the threads as soon as their reads are over; what has not started is not read."""
+    def close(self) -> bool:
+        """Ends the threads; what has not started is not read. False if a read did not end in time."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        return not futures.wait([read.result for read in self._reads.values()], READ_TIMEOUT_S).not_done
 
     def _groups(self, layer: int, here: Sequence[int], gone: Sequence[int]) -> Iterator[list[int]]:
         waiting = deque(gone)
@@ -227,7 +228,7 @@ class ExpertStore:
         try:
             self.figures.read_bytes += read.result.result(READ_TIMEOUT_S)
         except futures.TimeoutError as error:
-            raise ExpertUnreadable(
+            raise ExpertLate(
                 f"expert {expert} of MoE layer {layer} was not read within {READ_TIMEOUT_S:g} s"
             ) from error
         if read.stays:
@@ -243,7 +244,7 @@ class ExpertStore:
             read.result.cancel()
         late = futures.wait([read.result for read in self._reads.values()], READ_TIMEOUT_S).not_done
         if late:
-            raise ExpertUnreadable(f"{len(late)} reads of experts did not end within {READ_TIMEOUT_S:g} s")
+            raise ExpertLate(f"{len(late)} reads of experts did not end within {READ_TIMEOUT_S:g} s")
         self._free += [read.place for read in self._reads.values() if not read.stays]
         self._reads.clear()
 

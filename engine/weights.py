@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Entry
 from .model import ExpertsSpec
 
 
@@ -201,6 +201,7 @@ class ExpertReader:
 
     def __init__(self, weights: WeightMap, spec: ExpertsSpec):
         self.spec = spec
+        self.checkpoint = weights.checkpoint
         self._weights = weights
         self._recipes = {name: weights.recipes[f"{spec.module}.{name}"] for name in spec.parameters}
 
@@ -218,48 +219,49 @@ class ExpertReader:
 
     def read(self, expert: int) -> dict[str, torch.Tensor]:
         """Parameters of one expert, each of `shape(parameter)`, in the checkpoint's type; copy what is kept."""
-        return dict(self.parts(expert))
+        return {
+            name: self.assemble(name, {pattern: self.checkpoint.read_part(part) for pattern, part in parts.items()})
+            for name, parts in self.parts(expert).items()
+        }
 
-    def parts(self, expert: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `read` gives, one after the other, so that only one needs memory at a time."""
-        for name, recipe in self._recipes.items():
-            yield name, self._read(recipe, expert)
+    def parts(self, expert: int) -> dict[str, dict[str, Entry]]:
+        """Where one expert is stored: for each parameter, what stands for each of the conversion's source patterns."""
+        return {name: self._parts(recipe, expert) for name, recipe in self._recipes.items()}
 
-    @property
-    def files(self) -> set[Path]:
-        """The files with the layer's experts."""
-        entries = self._weights.checkpoint.entries
-        return {entries[name].file for recipe in self._recipes.values() for name in recipe.names}
-
-    @property
-    def scratch(self) -> int:
-        """Most bytes that `parts` takes at a time: a parameter as stored, and once more where it is converted."""
-        return max(
-            sum(self._stored(names) for names in recipe.sources.values()) * (1 if recipe.converter is None else 2)
-            for recipe in self._recipes.values()
-        )
-
-    def _stored(self, names: list[str]) -> int:
-        """Bytes of one expert's part of a recipe's source: a tensor for each expert, or one for all."""
-        sizes = [self._weights.checkpoint.entries[name].nbytes for name in names]
-        return max(sizes) if len(sizes) > 1 else -(-sizes[0] // self.spec.num_experts)
-
-    def _read(self, recipe: Recipe, expert: int) -> torch.Tensor:
-        weights = self._weights
-        checkpoint = weights.checkpoint
-        tensors: dict[str, list[torch.Tensor]]
-        if recipe.converter is None or _slicewise(recipe.converter):
-            tensors = {p: [checkpoint.read_row(names[0], expert)] for p, names in recipe.sources.items()}
-        elif _stacks(recipe.converter):
-            tensors = {p: [checkpoint.read(recipe.sources[p][expert])] for p in recipe.converter.source_patterns}
-        else:
-            raise ValueError(
-                f"checkpoint: {recipe.target} is made by {recipe.converter.operations}, which mixes experts; expected"
-                " one tensor per expert or a tensor whose first dimension is the experts"
-            )
-        made = recipe.convert(tensors, weights.model.config)[recipe.target]
-        weights.check_made(recipe, recipe.target, tuple(made.shape), (1, *weights.expected[recipe.target].shape[1:]))
+    def assemble(self, parameter: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A parameter of one expert, made of the tensors that `parts` tells of."""
+        weights, recipe = self._weights, self._recipes[parameter]
+        made = recipe.convert({p: [tensor] for p, tensor in stored.items()}, weights.model.config)[recipe.target]
+        weights.check_made(recipe, recipe.target, tuple(made.shape), (1, *self.shape(parameter)))
         return made[0]
+
+    def places(
+        self, parameter: str, stored: Mapping[str, torch.Tensor], into: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs (part of `into`, tensor) that, copied, put there what `assemble` gives: without a copy in between
+        where the conversion does no more than to put tensors side by side.
+        """
+        converter = self._recipes[parameter].converter
+        joins = [] if converter is None else [o for o in converter.operations if not isinstance(o, MergeModulelist)]
+        if converter is not None and len(joins) == 1 and isinstance(joins[0], Concatenate) and joins[0].dim > 0:
+            dim = joins[0].dim - 1  # the experts' is the first
+            parts = [stored[p] for p in converter.source_patterns]
+            parts = [part[0] if part.dim() > into.dim() else part for part in parts]
+            rooms = _side_by_side(into, dim, parts)
+            if rooms is not None:
+                return list(zip(rooms, parts, strict=True))
+        return [(into, self.assemble(parameter, stored))]
+
+    def _parts(self, recipe: Recipe, expert: int) -> dict[str, Entry]:
+        entries = self.checkpoint.entries
+        if recipe.converter is None or _slicewise(recipe.converter):
+            return {p: entries[names[0]].row(expert) for p, names in recipe.sources.items()}
+        if _stacks(recipe.converter):
+            return {p: entries[recipe.sources[p][expert]] for p in recipe.converter.source_patterns}
+        raise ValueError(
+            f"checkpoint: {recipe.target} is made by {recipe.converter.operations}, which mixes experts; expected"
+            " one tensor per expert or a tensor whose first dimension is the experts"
+        )
 
 
 def load_dense(weights: WeightMap, device: torch.device) -> Iterator[int]:
@@ -331,6 +333,15 @@ def _slicewise_operations(operations: list[Any]) -> bool:
         if not dims or any(d == 0 for d in dims):
             return False
     return True
+
+
+def _side_by_side(into: torch.Tensor, dim: int, parts: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """`into` divided along `dim` among tensors of the shapes of `parts`; None if they do not fill it exactly."""
+    widths = [part.shape[dim] for part in parts]
+    if sum(widths) != into.shape[dim]:
+        return None
+    rooms = list(into.split(widths, dim))
+    return rooms if all(room.shape == part.shape for room, part in zip(rooms, parts, strict=True)) else None
 
 
 def _missing_of(names: list[str], count: int) -> str:

@@ -1,0 +1,295 @@
+"""The disk tier of the experts: one expert at a time, straight from the checkpoint's own safetensors files.
+
+An expert's bytes are read by offset into a buffer that is used again and again, past the page cache where the file
+system allows it (`O_DIRECT`), so that the cache does not become a second, hidden budget of memory. A file that was
+removed, replaced, cut or written to since its header was read is an error that names it, never other bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .checkpoint import Entry, stamp_of
+from .weights import ExpertReader
+
+BLOCK = 4096
+"""Offsets, lengths and addresses of reads are multiples of this: what `O_DIRECT` asks for on today's disks, and a
+page of the cache elsewhere."""
+PIECE_BYTES = 2**22
+"""Most bytes of one read. More urgent reads are let in between two of them, so a slow disk wants them short; a fast one
+wants them long enough that a call's own cost does not count."""
+_GRAIN = 2**15
+"""Elements that torch converts on the calling thread alone. For more it would start a team of threads per reader."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+log = logging.getLogger("moeyard.expert_files")
+
+
+class ExpertUnreadable(OSError):
+    """An expert cannot be read from its file now: removed, replaced, cut, written to, or the disk's own error."""
+
+    def __init__(self, file: Path, layer: int, expert: int, reason: str):
+        super().__init__(
+            f"checkpoint: expert {expert} of MoE layer {layer} cannot be read: {file.name} {reason}; put the file back"
+            " as it was and start again"
+        )
+        self.file, self.layer, self.expert = file, layer, expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """Bytes of one file that are read together."""
+
+    file: Path
+    begin: int
+    nbytes: int
+
+    @property
+    def first(self) -> int:
+        """Where the blocks that enclose it begin."""
+        return self.begin // BLOCK * BLOCK
+
+    @property
+    def last(self) -> int:
+        """Where they end; beyond the file's end, if that is within a block."""
+        return _whole_blocks(self.begin + self.nbytes)
+
+
+class AlignedBuffer:
+    """Memory for the blocks of one expert, allocated once. It counts `nbytes` whether something is in it or not."""
+
+    def __init__(self, nbytes: int):
+        self.nbytes = max(_whole_blocks(nbytes), BLOCK)
+        pages = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.room = memoryview(pages)
+        self.data_B = torch.frombuffer(pages, dtype=torch.uint8)
+
+
+class ExpertFiles:
+    """Reads single experts of MoE layers; a layer is its position in `readers`. Any thread may read, each into a
+    buffer of its own of `buffer_bytes`.
+
+    `direct` says whether reads go past the page cache. Where they cannot (or `direct=False` is asked for), what was
+    read is dropped from the cache at once.
+
+    Raises ExpertUnreadable when a file is not the one that the checkpoint's headers were read from, and ValueError for
+    a checkpoint whose conversion mixes experts.
+    """
+
+    def __init__(self, readers: Sequence[ExpertReader], *, direct: bool = True):
+        self._readers = list(readers)
+        self._stamps = dict(self._readers[0].checkpoint.stamps) if self._readers else {}
+        experts = [(layer, e) for layer, r in enumerate(self._readers) for e in range(r.spec.num_experts)]
+        self._files: dict[Path, int] = {}
+        self.buffer_bytes = BLOCK
+        """Of a buffer that has room for any of the experts."""
+        where: dict[Path, tuple[int, int]] = {}
+        for layer, expert in experts:
+            extents = self.extents(layer, expert)
+            self.buffer_bytes = max(self.buffer_bytes, sum(e.last - e.first for e in extents))
+            where |= {e.file: (layer, expert) for e in extents if e.file not in where}
+        self.direct = direct and _reads_directly(list(where))
+        flags = os.O_RDONLY | (os.O_DIRECT if self.direct else 0)
+        try:
+            for file, (layer, expert) in where.items():
+                try:
+                    self._files[file] = os.open(file, flags)
+                except OSError as error:
+                    raise ExpertUnreadable(file, layer, expert, _reason(error)) from error
+                if not self.direct:
+                    _advise(self._files[file], "POSIX_FADV_RANDOM")  # no reading ahead
+                self._check(file, layer, expert)
+        except ExpertUnreadable:
+            self.close()
+            raise
+        how = "past the page cache (O_DIRECT)" if self.direct else "through the page cache, and dropped from it"
+        log.info("experts are read from %d files %s", len(self._files), how)
+
+    @property
+    def num_experts_L(self) -> list[int]:
+        """Experts of each layer."""
+        return [r.spec.num_experts for r in self._readers]
+
+    @property
+    def files(self) -> list[Path]:
+        return list(self._files)
+
+    def extents(self, layer: int, expert: int) -> list[Extent]:
+        """What is read for one expert, in file order. Tensors whose blocks touch are one extent."""
+        parts = {
+            (part.file, part.begin, part.nbytes)
+            for stored in self._readers[layer].parts(expert).values()
+            for part in stored.values()
+        }
+        extents: list[Extent] = []
+        for file, begin, nbytes in sorted(parts):
+            here = Extent(file=file, begin=begin, nbytes=nbytes)
+            if extents and extents[-1].file == file and here.first <= extents[-1].last:
+                start = extents.pop().begin
+                here = Extent(file=file, begin=start, nbytes=begin + nbytes - start)
+            extents.append(here)
+        return extents
+
+    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]:
+        """Reads one expert into `buffer`, a piece per step; its bytes are good when the last step has been made.
+
+        Raises ExpertUnreadable.
+        """
+        extents = self.extents(layer, expert)
+        assert sum(e.last - e.first for e in extents) <= buffer.nbytes, "the buffer is smaller than buffer_bytes"
+        place = 0
+        for extent in extents:
+            needed, got = extent.begin + extent.nbytes - extent.first, 0
+            while got < needed:
+                # After a read that ended within a block, that block is read again.
+                start = got // BLOCK * BLOCK
+                end = min(start + PIECE_BYTES, extent.last - extent.first)
+                room = buffer.room[place + start : place + end]
+                try:
+                    count = self._pread(self._files[extent.file], room, extent.first + start)
+                except OSError as error:
+                    self._check(extent.file, layer, expert)
+                    raise ExpertUnreadable(extent.file, layer, expert, _reason(error)) from error
+                if start + count <= got:
+                    self._check(extent.file, layer, expert)
+                    raise ExpertUnreadable(
+                        extent.file, layer, expert, f"ends at byte {extent.first + got} in the middle of a tensor"
+                    )
+                got = start + count
+                if not self.direct:
+                    _advise(self._files[extent.file], "POSIX_FADV_DONTNEED", extent.first + start, end - start)
+                yield
+            place += extent.last - extent.first
+        # After reading: whatever was done to the file before or meanwhile shows now.
+        for file in dict.fromkeys(e.file for e in extents):
+            self._check(file, layer, expert)
+
+    def tensors(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, torch.Tensor]:
+        """What `ExpertReader.read` gives, from a buffer that the expert was read into: views of it where the
+        checkpoint's layout allows, else new memory.
+        """
+        reader = self._readers[layer]
+        return {name: reader.assemble(name, s) for name, s in self._stored(layer, expert, buffer).items()}
+
+    def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None:
+        """Writes the parameters of an expert that is in `buffer` into CPU tensors of `ExpertReader.shape`, of any
+        strides and float type, on this thread alone and without a copy in between where no more is asked for than
+        putting tensors side by side.
+        """
+        reader = self._readers[layer]
+        for name, stored in self._stored(layer, expert, buffer).items():
+            for room, part in reader.places(name, stored, into[name]):
+                _copy(room, part)
+
+    def read(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, torch.Tensor]:
+        """Reads one expert now and gives its `tensors`. Raises ExpertUnreadable."""
+        for _ in self.steps(layer, expert, buffer):
+            pass
+        return self.tensors(layer, expert, buffer)
+
+    def drop_cached_pages(self) -> None:
+        """Asks the system to forget what the page cache has of these files, from loading the rest of the model."""
+        for file in self._files.values():
+            _advise(file, "POSIX_FADV_DONTNEED")
+
+    def close(self) -> None:
+        """Closes the files. No read may be under way."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _pread(self, file: int, room: memoryview, begin: int) -> int:
+        return os.preadv(file, [room], begin)
+
+    def _stored(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, dict[str, torch.Tensor]]:
+        """The stored tensors in `buffer`, as `ExpertReader.parts` names them."""
+        places: list[tuple[Extent, int]] = []
+        place = 0
+        for extent in self.extents(layer, expert):
+            places.append((extent, place - extent.first))
+            place += extent.last - extent.first
+
+        def view(part: Entry) -> torch.Tensor:
+            shift = next(s for e, s in places if e.file == part.file and 0 <= part.begin - e.begin < max(e.nbytes, 1))
+            start = part.begin + shift
+            data_B = buffer.data_B[start : start + part.nbytes]
+            # Old files' headers have any length, so that a tensor's place in the file need not suit its type.
+            return part.view(data_B if start % part.itemsize == 0 else data_B.clone())
+
+        parts = self._readers[layer].parts(expert)
+        return {name: {p: view(part) for p, part in stored.items()} for name, stored in parts.items()}
+
+    def _check(self, file: Path, layer: int, expert: int) -> None:
+        """Raises ExpertUnreadable if the file is not what it was when its header was read."""
+        try:
+            found, opened = stamp_of(file), stamp_of(self._files[file])
+        except OSError as error:
+            raise ExpertUnreadable(file, layer, expert, _reason(error)) from error
+        expected = self._stamps[file]
+        if found[:2] != expected[:2] or opened[:2] != expected[:2]:
+            raise ExpertUnreadable(file, layer, expert, "was replaced by another file since its header was read")
+        if found != expected:
+            raise ExpertUnreadable(
+                file,
+                layer,
+                expert,
+                f"was changed since its header was read: it had {expected[2]} bytes and now has {found[2]}",
+            )
+
+
+def _whole_blocks(nbytes: int) -> int:
+    return -(-nbytes // BLOCK) * BLOCK
+
+
+def _reads_directly(files: Sequence[Path]) -> bool:
+    """Whether every file can be opened and read past the page cache. What cannot be opened at all is named later."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    buffer = AlignedBuffer(BLOCK)
+    for path in files:
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return False
+        try:
+            os.preadv(file, [buffer.room], 0)
+        except OSError:
+            return False
+        finally:
+            os.close(file)
+    return True
+
+
+def _advise(file: int, advice: str, begin: int = 0, nbytes: int = 0) -> None:
+    """`nbytes` 0: to the end. Systems without such advice keep what they like."""
+    if hasattr(os, advice):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file, begin, nbytes, getattr(os, advice))
+
+
+def _copy(into: torch.Tensor, part: torch.Tensor) -> None:
+    """`into.copy_(part)` on this thread alone."""
+    assert into.shape == part.shape, (into.shape, part.shape)
+    if into.dtype == part.dtype:
+        bits = _BITS[into.dtype.itemsize]
+        np.copyto(into.view(bits).numpy(), part.view(bits).numpy())
+        return
+    rows = max(_GRAIN * len(into) // max(into.numel(), 1), 1)
+    for room, source in zip(into.split(rows), part.split(rows), strict=True):
+        room.copy_(source)
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is no longer there"
+    return f"gave an error: {error.strerror or error}"

@@ -1,0 +1,216 @@
+"""The readers' order: the most urgent first, in between pieces too; cancelling, promoting, failing and closing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, wait
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from moeyard.engine.config import EngineConfig
+from moeyard.engine.expert_files import AlignedBuffer, ExpertFiles, ExpertUnreadable
+from moeyard.engine.loader import draw
+from moeyard.engine.readers import Priority, Readers, ReadersFull
+
+BOUND_S = 60
+BUFFER = AlignedBuffer(1)
+
+
+class Gated:
+    """A source whose every piece waits until the test lets it be read, and which writes down what was read."""
+
+    def __init__(self, pieces: int = 1):
+        self.pieces = pieces
+        self.read: list[tuple[int, int]] = []
+        self.allowed = threading.Semaphore(0)
+        self.begun = threading.Semaphore(0)
+        self.fail: set[int] = set()
+
+    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]:
+        for piece in range(self.pieces):
+            self.begun.release()
+            assert self.allowed.acquire(timeout=BOUND_S)
+            if expert in self.fail:
+                raise ExpertUnreadable(Path("a.safetensors"), layer, expert, "is no longer there")
+            self.read.append((expert, piece))
+            yield
+
+    def tensors(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, torch.Tensor]:
+        return {"expert": torch.tensor([layer, expert])}
+
+    def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None:
+        into["expert"].copy_(torch.tensor([layer, expert]))
+
+    def wait_for_a_read(self) -> None:
+        assert self.begun.acquire(timeout=BOUND_S)
+
+    def allow(self, pieces: int = 1) -> None:
+        for _ in range(pieces):
+            self.allowed.release()
+
+    @property
+    def experts(self) -> list[int]:
+        return list(dict.fromkeys(expert for expert, _ in self.read))
+
+
+def test_the_most_urgent_first_and_the_oldest_of_them() -> None:
+    source = Gated()
+    readers = Readers(source, threads=1)
+    first = readers.submit(0, 0, BUFFER, Priority.BACKGROUND)
+    source.wait_for_a_read()
+    order = [(1, Priority.BACKGROUND), (2, Priority.LATER), (3, Priority.DEMAND), (4, Priority.NEXT_LAYER)]
+    order += [(5, Priority.DEMAND), (6, Priority.LATER)]
+    reads = [first, *(readers.submit(0, expert, BUFFER, priority) for expert, priority in order)]
+    assert readers.waiting == 6
+    source.allow(7)
+    assert not wait(reads, BOUND_S).not_done
+    assert source.experts == [0, 3, 5, 4, 2, 6, 1]
+    assert [r.result()["expert"].tolist() for r in reads] == [[0, e] for e in range(7)]
+    readers.close()
+
+
+def test_demand_overtakes_a_read_between_its_pieces() -> None:
+    source = Gated(pieces=3)
+    readers = Readers(source, threads=1)
+    slow = readers.submit(0, 1, BUFFER, Priority.BACKGROUND)
+    behind = readers.submit(0, 2, BUFFER, Priority.BACKGROUND)
+    source.wait_for_a_read()
+    urgent = readers.submit(0, 3, BUFFER)
+    source.allow(9)
+    assert not wait([slow, behind, urgent], BOUND_S).not_done
+    assert source.read == [(1, 0), *((3, i) for i in range(3)), (1, 1), (1, 2), *((2, i) for i in range(3))]
+    readers.close()
+
+
+def test_a_promoted_read_is_read_once_and_sooner() -> None:
+    source = Gated()
+    readers = Readers(source, threads=1)
+    reads = [readers.submit(0, 0, BUFFER)]
+    source.wait_for_a_read()
+    reads += [readers.submit(0, expert, BUFFER, Priority.NEXT_LAYER) for expert in (1, 2)]
+    reads += [readers.submit(0, 3, BUFFER, Priority.BACKGROUND)]
+    readers.promote(reads[3])
+    readers.promote(reads[3], Priority.LATER)  # no demotion
+    readers.promote(reads[0])
+    assert readers.waiting == 3
+    source.allow(9)
+    assert not wait(reads, BOUND_S).not_done
+    assert source.read == [(e, 0) for e in (0, 3, 1, 2)]
+    readers.promote(reads[3])
+    assert readers.waiting == 0
+    readers.close()
+
+
+def test_what_has_not_started_can_be_cancelled() -> None:
+    source = Gated()
+    readers = Readers(source, threads=1)
+    started = readers.submit(0, 0, BUFFER)
+    source.wait_for_a_read()
+    dropped, kept = (readers.submit(0, expert, BUFFER, Priority.LATER) for expert in (1, 2))
+    assert not started.cancel() and dropped.cancel()
+    assert readers.waiting == 1
+    source.allow(2)
+    assert not wait([started, dropped, kept], BOUND_S).not_done
+    assert source.experts == [0, 2]
+    with pytest.raises(CancelledError):
+        dropped.result()
+    readers.close()
+
+
+def test_the_queue_has_an_end_but_not_for_demand() -> None:
+    source = Gated()
+    readers = Readers(source, threads=1, depth=2)
+    readers.submit(0, 0, BUFFER)
+    source.wait_for_a_read()
+    waiting = [readers.submit(0, expert, BUFFER, Priority.LATER) for expert in (1, 2)]
+    with pytest.raises(ReadersFull, match="2 reads are waiting"):
+        readers.submit(0, 3, BUFFER, Priority.NEXT_LAYER)
+    last = readers.submit(0, 4, BUFFER)
+    assert all(read.cancel() for read in waiting)
+    waiting.append(readers.submit(0, 5, BUFFER, Priority.LATER))
+    source.allow(9)
+    assert not wait([last, *waiting], BOUND_S).not_done
+    assert source.experts == [0, 4, 5]
+    readers.close()
+
+
+def test_a_failed_read_raises_and_the_next_goes_on() -> None:
+    source = Gated()
+    source.fail = {1}
+    readers = Readers(source, threads=1)
+    room = {"expert": torch.zeros(2, dtype=torch.int64)}
+    failed = readers.submit(4, 1, BUFFER, into=room)
+    good = readers.submit(4, 2, BUFFER)
+    source.allow(2)
+    with pytest.raises(ExpertUnreadable, match="expert 1 of MoE layer 4"):
+        failed.result(BOUND_S)
+    assert good.result(BOUND_S)["expert"].tolist() == [4, 2] and room["expert"].tolist() == [0, 0]
+    filled = readers.submit(4, 3, BUFFER, into=room)
+    source.allow()
+    assert filled.result(BOUND_S) is room and room["expert"].tolist() == [4, 3]
+    readers.close()
+
+
+def test_several_are_in_flight() -> None:
+    source = Gated()
+    readers = Readers(source, threads=3)
+    reads = [readers.submit(0, expert, BUFFER) for expert in range(5)]
+    for _ in range(3):
+        source.wait_for_a_read()
+    assert readers.waiting == 2 and not source.read
+    source.allow(5)
+    assert not wait(reads, BOUND_S).not_done
+    readers.close()
+
+
+def test_closing_ends_every_read() -> None:
+    source = Gated(pieces=2)
+    readers = Readers(source, threads=1)
+    aside = readers.submit(0, 0, BUFFER, Priority.LATER)
+    source.wait_for_a_read()
+    running = readers.submit(0, 1, BUFFER)
+    source.allow()
+    source.wait_for_a_read()  # of the second; the first is set aside
+    waiting = readers.submit(0, 2, BUFFER)
+    with pytest.raises(TimeoutError, match=r"after 0 s the disk has not given expert 1 of MoE layer 0$"):
+        readers.close(timeout_s=0)
+    source.allow()
+    readers.close()
+    for read in (aside, running, waiting):
+        with pytest.raises(CancelledError):
+            read.result(BOUND_S)
+    assert source.read == [(0, 0), (1, 0)]
+    with pytest.raises(RuntimeError, match="closed"):
+        readers.submit(0, 3, BUFFER)
+
+
+def test_no_threads_is_refused() -> None:
+    with pytest.raises(ValueError, match="threads is 0"):
+        Readers(Gated(), threads=0)
+
+
+def test_experts_of_a_checkpoint(tmp_path: Path) -> None:
+    path = tiny.save("deepseek_v3", tmp_path / "model", max_shard_size="60KB")
+    blueprint = draw(EngineConfig(model=str(path), dtype="bfloat16", device="cpu"), path)
+    layers = [blueprint.weights.reader(spec) for spec in blueprint.spec.experts]
+    files = ExpertFiles(layers)
+    readers = Readers(files, threads=3)
+    all_ = [(layer, e) for layer, reader in enumerate(layers) for e in range(reader.spec.num_experts)]
+    buffers = [AlignedBuffer(files.buffer_bytes) for _ in all_]
+    rooms = [
+        {p: torch.empty(layers[0].shape(p), dtype=torch.bfloat16) for p in layers[0].spec.parameters} for _ in all_
+    ]
+    reads = [
+        readers.submit(*which, buffer, list(Priority)[i % 4], into=None if i % 2 else room)
+        for i, (which, buffer, room) in enumerate(zip(all_, buffers, rooms, strict=True))
+    ]
+    for (layer, expert), read in zip(all_, reads, strict=True):
+        wanted = layers[layer].read(expert)
+        for name, tensor in read.result(BOUND_S).items():
+            assert torch.equal(tensor, wanted[name].to(tensor.dtype)), (layer, expert, name)
+    readers.close()
+    files.close()
