@@ -1,7 +1,7 @@
 """Expert offload of one rank: the layers' experts run from an `ExpertStore` whose memory holds a part of them.
 
-What a token gets does not depend on which experts were in memory: each expert computes all its rows at once, wherever
-it came from, and the rows are summed in top-k order.
+What a token gets does not depend, to the bit, on which experts were in memory: each expert computes all its rows at
+once, wherever it came from, and the rows are summed in top-k order.
 
 T: tokens, K: experts per token, D: hidden size, E: experts, R: rows (token and expert pairs), G: experts with rows.
 """
@@ -209,7 +209,10 @@ class OffloadedLayer:
         if self._layer.swiglu:
             h_RI = grouped_gate_up_silu(x_TD, pool.up_SND, *groups, token_R)
         else:
-            h_RI = self._layer.gate(grouped_linear(x_TD, pool.up_SND, *groups, pool.up_bias_SN, token_R)).contiguous()
+            h_RN = grouped_linear(x_TD, pool.up_SND, *groups, pool.up_bias_SN, token_R)
+            # Expert by expert: torch computes the last elements of a tensor in another way than the first, and what
+            # is last must not depend on who came together.
+            h_RI = torch.cat([self._layer.gate(h_RN[low:high]) for low, high in itertools.pairwise(starts)])
         return grouped_linear(h_RI, pool.down_SDI, *groups, pool.down_bias_SD)
 
     def _many_rows(

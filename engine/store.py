@@ -191,7 +191,8 @@ class ExpertStore:
     def close(self) -> bool:
         """Ends the threads; what has not started is not read. False if a read did not end in time."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        return not futures.wait([read.result for read in self._reads.values()], READ_TIMEOUT_S).not_done
+        started = [read.result for read in self._reads.values() if not read.result.cancelled()]
+        return not futures.wait(started, READ_TIMEOUT_S).not_done
 
     def _groups(self, layer: int, here: Sequence[int], gone: Sequence[int]) -> Iterator[list[int]]:
         waiting = deque(gone)
@@ -240,9 +241,8 @@ class ExpertStore:
         """After a visit that was broken off: waits for its reads, which write into places, and takes these back."""
         if not self._reads:
             return
-        for read in self._reads.values():
-            read.result.cancel()
-        late = futures.wait([read.result for read in self._reads.values()], READ_TIMEOUT_S).not_done
+        started = [read.result for read in self._reads.values() if not read.result.cancel()]
+        late = futures.wait(started, READ_TIMEOUT_S).not_done
         if late:
             raise ExpertLate(f"{len(late)} reads of experts did not end within {READ_TIMEOUT_S:g} s")
         self._free += [read.place for read in self._reads.values() if not read.stays]
