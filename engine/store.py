@@ -18,7 +18,7 @@ from ..scheduler.residency.slots import Context, Place, Policy
 from .config import format_size
 
 READS_IN_FLIGHT = 4
-"""Most reads at a time: more threads only wait for each other in the same file."""
+"""Most reads at a time: each takes a place and a buffer from the budget."""
 READ_TIMEOUT_S = 60.0
 """How long a layer may wait for one expert."""
 
