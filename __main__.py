@@ -23,6 +23,7 @@ BENCHES = {
     "balance": "planners that balance experts by the step, simulated",
     "plan": "microseconds that the priced planner takes for a layer",
     "replay": "policies that keep experts on the device, on recorded routing",
+    "disk": "how fast single experts are read from a checkpoint's files",
 }
 
 
@@ -113,7 +114,7 @@ def _fill_bench(parser: Parser, bench: str) -> None:
 COMMANDS = {
     "serve": (_serve, _fill_serve, "answer OpenAI-compatible requests over HTTP"),
     "generate": (_generate, _fill_generate, "continue one prompt and print the text"),
-    "bench": (_bench, _fill_benches, "measure: throughput, latency, serve, ep, router, balance, plan, replay"),
+    "bench": (_bench, _fill_benches, "measure: throughput, latency, serve, ep, router, balance, plan, replay, disk"),
     "plan": (_plan, _fill_plan, "show what fits in memory, before loading"),
     "profile": (_profile, _fill_profile, "measure what the cost model needs: experts, links between ranks"),
     "doctor": (_doctor, _fill_doctor, "show devices, measured rates, libraries, and what is missing"),

@@ -106,7 +106,7 @@ class ExpertFiles:
                 except OSError as error:
                     raise ExpertUnreadable(file, layer, expert, _reason(error)) from error
                 if not self.direct:
-                    _advise(self._files[file], "POSIX_FADV_RANDOM")  # no reading ahead
+                    advise(self._files[file], "POSIX_FADV_RANDOM")  # no reading ahead
                 self._check(file, layer, expert)
         except ExpertUnreadable:
             self.close()
@@ -166,7 +166,7 @@ class ExpertFiles:
                     )
                 got = start + count
                 if not self.direct:
-                    _advise(self._files[extent.file], "POSIX_FADV_DONTNEED", extent.first + start, end - start)
+                    advise(self._files[extent.file], "POSIX_FADV_DONTNEED", extent.first + start, end - start)
                 yield
             place += extent.last - extent.first
         # After reading: whatever was done to the file before or meanwhile shows now.
@@ -199,7 +199,7 @@ class ExpertFiles:
     def drop_cached_pages(self) -> None:
         """Asks the system to forget what the page cache has of these files, from loading the rest of the model."""
         for file in self._files.values():
-            _advise(file, "POSIX_FADV_DONTNEED")
+            advise(file, "POSIX_FADV_DONTNEED")
 
     def close(self) -> None:
         """Closes the files. No read may be under way."""
@@ -270,8 +270,8 @@ def _reads_directly(files: Sequence[Path]) -> bool:
     return True
 
 
-def _advise(file: int, advice: str, begin: int = 0, nbytes: int = 0) -> None:
-    """`nbytes` 0: to the end. Systems without such advice keep what they like."""
+def advise(file: int, advice: str, begin: int = 0, nbytes: int = 0) -> None:
+    """`posix_fadvise` by name; `nbytes` 0: to the end. Systems without such advice keep what they like."""
     if hasattr(os, advice):
         with contextlib.suppress(OSError):
             os.posix_fadvise(file, begin, nbytes, getattr(os, advice))

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from enum import IntEnum
 from typing import Protocol
@@ -36,8 +36,6 @@ class Source(Protocol):
 
     def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]: ...
 
-    def tensors(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, torch.Tensor]: ...
-
     def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None: ...
 
 
@@ -46,34 +44,35 @@ class ReadersFull(RuntimeError):
 
 
 class Read(Future[Mapping[str, torch.Tensor]]):
-    """One expert being read. Its result is the expert's tensors: those to copy into, or views of the buffer.
+    """One expert being read into the tensors `into`, which are its result too. `cancel()` succeeds until it starts."""
 
-    `cancel()` succeeds until the read starts. The buffer is the read's own until `done()`.
-    """
-
-    def __init__(self, layer: int, expert: int, priority: Priority):
+    def __init__(self, layer: int, expert: int, into: Mapping[str, torch.Tensor], priority: Priority, number: int):
         super().__init__()
-        self.layer, self.expert, self.priority = layer, expert, priority
-        self._place = 0
+        self.layer, self.expert, self.into, self.priority = layer, expert, into, priority
+        self._number = number
         self._waits = True
+        self._buffer: AlignedBuffer | None = None  # from its first piece to its last
         self._steps: Iterator[None] | None = None
 
 
 class Readers:
-    """`threads` reads in flight, and at most `depth` waiting; demand is let in always, its callers' buffers bound it.
+    """`threads` reads in flight, and at most `depth` waiting; demand is let in always, those who wait for it bound it.
 
-    A read that has started is set aside between two pieces when a more urgent one waits, and goes on after it.
+    Every read goes through one of `buffers`, and all memory is theirs. When a more urgent read waits and a buffer is
+    free for it, one that has started is set aside between two pieces and goes on later: buffers beyond one for
+    each thread are for that.
     """
 
-    def __init__(self, source: Source, *, threads: int, depth: int = 256):
-        if threads < 1:
-            raise ValueError(f"threads is {threads}; at least 1 must read")
+    def __init__(self, source: Source, buffers: Sequence[AlignedBuffer], *, threads: int, depth: int = 256):
+        if not 1 <= threads <= len(buffers):
+            raise ValueError(f"threads is {threads}; expected at least 1, and a buffer for each (here {len(buffers)})")
         self._source = source
+        self._free = list(buffers)
         self._depth = depth
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, int, Read]] = []
-        self._buffers: dict[Read, tuple[AlignedBuffer, Mapping[str, torch.Tensor] | None]] = {}
+        self._unfinished: set[Read] = set()
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"moeyard-reader-{i}", daemon=True) for i in range(threads)
@@ -82,28 +81,20 @@ class Readers:
             thread.start()
 
     def submit(
-        self,
-        layer: int,
-        expert: int,
-        buffer: AlignedBuffer,
-        priority: Priority = Priority.DEMAND,
-        *,
-        into: Mapping[str, torch.Tensor] | None = None,
+        self, layer: int, expert: int, into: Mapping[str, torch.Tensor], priority: Priority = Priority.DEMAND
     ) -> Read:
-        """Reads an expert into `buffer` and, if given, copies it on into the tensors `into` (see `ExpertFiles.copy`),
-        after which the buffer is free again. Nothing is written there if the read fails.
+        """Reads an expert into tensors as `ExpertFiles.copy` takes them. Nothing is written there if the read fails.
 
         Raises ReadersFull for what is not demand, and RuntimeError after `close`. The read itself raises what the
         source does, `ExpertUnreadable`.
         """
-        read = Read(layer, expert, priority)
         with self._changed:
             if self._closed:
                 raise RuntimeError("readers: closed")
             if priority != Priority.DEMAND and self._num_waiting() >= self._depth:
                 raise ReadersFull(f"readers: {self._depth} reads are waiting")
-            self._buffers[read] = (buffer, into)
-            read._place = next(self._order)
+            read = Read(layer, expert, into, priority, next(self._order))
+            self._unfinished.add(read)
             self._push(read)
         return read
 
@@ -112,7 +103,7 @@ class Readers:
         with self._changed:
             if priority < read.priority:
                 read.priority = priority
-                if read._waits and read in self._buffers:
+                if read._waits and read in self._unfinished:
                     self._push(read)  # its old place in the queue is passed over
 
     @property
@@ -129,9 +120,8 @@ class Readers:
         """
         with self._changed:
             self._closed = True
-            left = [read for read in self._buffers if read._waits]
-            for read in left:
-                del self._buffers[read]
+            left = [read for read in self._unfinished if read._waits]
+            self._unfinished.difference_update(left)
             self._waiting.clear()
             self._changed.notify_all()
         for read in left:
@@ -144,13 +134,13 @@ class Readers:
             thread.join(max(deadline - time.monotonic(), 0.0))
         if any(thread.is_alive() for thread in self._threads):
             with self._changed:
-                stuck = ", ".join(f"expert {r.expert} of MoE layer {r.layer}" for r in self._buffers)
+                stuck = ", ".join(f"expert {r.expert} of MoE layer {r.layer}" for r in self._unfinished)
             raise TimeoutError(f"readers: after {timeout_s:g} s the disk has not given {stuck or 'its last read'}")
 
     def _push(self, read: Read) -> None:
-        """Into the queue, at the place among its class that it was given when it was submitted."""
+        """Into the queue, where it was submitted among the reads of its class."""
         read._waits = True
-        heapq.heappush(self._waiting, (read.priority, read._place, read))
+        heapq.heappush(self._waiting, (read.priority, read._number, read))
         self._changed.notify()
 
     def _tidy(self) -> None:
@@ -158,7 +148,8 @@ class Readers:
         while self._waiting:
             priority, _, read = self._waiting[0]
             if read.cancelled():
-                if self._buffers.pop(read, None) is not None:
+                if read in self._unfinished:
+                    self._unfinished.remove(read)
                     read.set_running_or_notify_cancel()
             elif read._waits and read.priority == priority:
                 return
@@ -172,43 +163,49 @@ class Readers:
             self._advance(read)
 
     def _next(self) -> Read | None:
-        """The most urgent read, the oldest of them; None when there will be no more."""
+        """The most urgent read that has a buffer or can have one, the oldest of them; None when there will be none."""
         with self._changed:
             while not self._closed:
                 self._tidy()
                 if not self._waiting:
                     self._changed.wait()
                     continue
-                read = heapq.heappop(self._waiting)[2]
-                if read._steps is None and not read.set_running_or_notify_cancel():
-                    del self._buffers[read]  # cancelled just now
-                    continue
+                if self._waiting[0][2]._buffer is None and not self._free:
+                    # There are more buffers than other threads: some are with reads that were set aside.
+                    first = min(at for at in self._waiting if at[2]._buffer is not None and at[2]._waits)
+                    self._waiting.remove(first)
+                    heapq.heapify(self._waiting)
+                    read = first[2]
+                else:
+                    read = heapq.heappop(self._waiting)[2]
+                if read._buffer is None:
+                    if not read.set_running_or_notify_cancel():  # cancelled just now
+                        self._unfinished.remove(read)
+                        continue
+                    read._buffer = self._free.pop()
                 read._waits = False
                 return read
             return None
 
     def _advance(self, read: Read) -> None:
         """Reads until the read has ended or is set aside."""
-        buffer, into = self._buffers[read]
-        result: Mapping[str, torch.Tensor] | None = None
+        assert read._buffer is not None
         failure: BaseException | None = None
         try:
             if read._steps is None:
-                read._steps = self._source.steps(read.layer, read.expert, buffer)
+                read._steps = self._source.steps(read.layer, read.expert, read._buffer)
             for _ in read._steps:
                 if self._set_aside(read):
                     return
-            if into is None:
-                result = self._source.tensors(read.layer, read.expert, buffer)
-            else:
-                self._source.copy(read.layer, read.expert, buffer, into)
-                result = into
+            self._source.copy(read.layer, read.expert, read._buffer, read.into)
         except BaseException as error:  # for the one who waits for the read, whatever it is
             failure = error
         with self._changed:
-            del self._buffers[read]
-        if result is not None:
-            read.set_result(result)
+            self._unfinished.remove(read)
+            self._free.append(read._buffer)
+            read._buffer = None
+        if failure is None:
+            read.set_result(read.into)
         else:
             read.set_exception(failure)
 
@@ -219,6 +216,8 @@ class Readers:
                 raise CancelledError("readers: closed while reading")
             self._tidy()
             if not self._waiting or self._waiting[0][0] >= read.priority:
+                return False
+            if self._waiting[0][2]._buffer is None and not self._free:
                 return False
             self._push(read)
             return True

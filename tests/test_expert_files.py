@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import shutil
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,11 +89,14 @@ def test_what_is_copied_is_not_assembled_first(tmp_path: Path, monkeypatch: pyte
     files = ExpertFiles(readers)
     buffer = dirty(files)
     wanted = files.read(0, 3, buffer)
-    joined = []
+    joined: list[str] = []
     original = ExpertReader.assemble
-    monkeypatch.setattr(
-        ExpertReader, "assemble", lambda self, name, stored: joined.append(name) or original(self, name, stored)
-    )
+
+    def noted(reader: ExpertReader, parameter: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        joined.append(parameter)
+        return original(reader, parameter, stored)
+
+    monkeypatch.setattr(ExpertReader, "assemble", noted)
     into = {name: torch.zeros(t.shape) for name, t in wanted.items()}
     files.copy(0, 3, buffer, into)
     assert_equal(into, wanted)
@@ -177,7 +181,7 @@ def _overwrite(file: Path) -> None:
         stream.write(b"\1\2\3\4")
 
 
-DAMAGE = {
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "removed": (Path.unlink, "is no longer there"),
     "cut": (_cut, "was changed .* it had .* bytes and now has"),
     "replaced": (_replace, "was replaced by another file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, wait
@@ -14,10 +15,17 @@ import torch
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.expert_files import AlignedBuffer, ExpertFiles, ExpertUnreadable
 from moeyard.engine.loader import draw
-from moeyard.engine.readers import Priority, Readers, ReadersFull
+from moeyard.engine.readers import Priority, Read, Readers, ReadersFull
 
 BOUND_S = 60
-BUFFER = AlignedBuffer(1)
+
+
+def room() -> dict[str, torch.Tensor]:
+    return {"expert": torch.zeros(2, dtype=torch.int64)}
+
+
+def readers_of(source: Gated, *, threads: int = 1, spare: int = 1, depth: int = 256) -> Readers:
+    return Readers(source, [AlignedBuffer(1) for _ in range(threads + spare)], threads=threads, depth=depth)
 
 
 class Gated:
@@ -39,9 +47,6 @@ class Gated:
             self.read.append((expert, piece))
             yield
 
-    def tensors(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, torch.Tensor]:
-        return {"expert": torch.tensor([layer, expert])}
-
     def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None:
         into["expert"].copy_(torch.tensor([layer, expert]))
 
@@ -59,12 +64,12 @@ class Gated:
 
 def test_the_most_urgent_first_and_the_oldest_of_them() -> None:
     source = Gated()
-    readers = Readers(source, threads=1)
-    first = readers.submit(0, 0, BUFFER, Priority.BACKGROUND)
+    readers = readers_of(source)
+    first = readers.submit(0, 0, room(), Priority.BACKGROUND)
     source.wait_for_a_read()
     order = [(1, Priority.BACKGROUND), (2, Priority.LATER), (3, Priority.DEMAND), (4, Priority.NEXT_LAYER)]
     order += [(5, Priority.DEMAND), (6, Priority.LATER)]
-    reads = [first, *(readers.submit(0, expert, BUFFER, priority) for expert, priority in order)]
+    reads = [first, *(readers.submit(0, expert, room(), priority) for expert, priority in order)]
     assert readers.waiting == 6
     source.allow(7)
     assert not wait(reads, BOUND_S).not_done
@@ -75,11 +80,11 @@ def test_the_most_urgent_first_and_the_oldest_of_them() -> None:
 
 def test_demand_overtakes_a_read_between_its_pieces() -> None:
     source = Gated(pieces=3)
-    readers = Readers(source, threads=1)
-    slow = readers.submit(0, 1, BUFFER, Priority.BACKGROUND)
-    behind = readers.submit(0, 2, BUFFER, Priority.BACKGROUND)
+    readers = readers_of(source)
+    slow = readers.submit(0, 1, room(), Priority.BACKGROUND)
+    behind = readers.submit(0, 2, room(), Priority.BACKGROUND)
     source.wait_for_a_read()
-    urgent = readers.submit(0, 3, BUFFER)
+    urgent = readers.submit(0, 3, room())
     source.allow(9)
     assert not wait([slow, behind, urgent], BOUND_S).not_done
     assert source.read == [(1, 0), *((3, i) for i in range(3)), (1, 1), (1, 2), *((2, i) for i in range(3))]
@@ -88,11 +93,11 @@ def test_demand_overtakes_a_read_between_its_pieces() -> None:
 
 def test_a_promoted_read_is_read_once_and_sooner() -> None:
     source = Gated()
-    readers = Readers(source, threads=1)
-    reads = [readers.submit(0, 0, BUFFER)]
+    readers = readers_of(source)
+    reads = [readers.submit(0, 0, room())]
     source.wait_for_a_read()
-    reads += [readers.submit(0, expert, BUFFER, Priority.NEXT_LAYER) for expert in (1, 2)]
-    reads += [readers.submit(0, 3, BUFFER, Priority.BACKGROUND)]
+    reads += [readers.submit(0, expert, room(), Priority.NEXT_LAYER) for expert in (1, 2)]
+    reads += [readers.submit(0, 3, room(), Priority.BACKGROUND)]
     readers.promote(reads[3])
     readers.promote(reads[3], Priority.LATER)  # no demotion
     readers.promote(reads[0])
@@ -107,10 +112,10 @@ def test_a_promoted_read_is_read_once_and_sooner() -> None:
 
 def test_what_has_not_started_can_be_cancelled() -> None:
     source = Gated()
-    readers = Readers(source, threads=1)
-    started = readers.submit(0, 0, BUFFER)
+    readers = readers_of(source)
+    started = readers.submit(0, 0, room())
     source.wait_for_a_read()
-    dropped, kept = (readers.submit(0, expert, BUFFER, Priority.LATER) for expert in (1, 2))
+    dropped, kept = (readers.submit(0, expert, room(), Priority.LATER) for expert in (1, 2))
     assert not started.cancel() and dropped.cancel()
     assert readers.waiting == 1
     source.allow(2)
@@ -123,15 +128,15 @@ def test_what_has_not_started_can_be_cancelled() -> None:
 
 def test_the_queue_has_an_end_but_not_for_demand() -> None:
     source = Gated()
-    readers = Readers(source, threads=1, depth=2)
-    readers.submit(0, 0, BUFFER)
+    readers = readers_of(source, depth=2)
+    readers.submit(0, 0, room())
     source.wait_for_a_read()
-    waiting = [readers.submit(0, expert, BUFFER, Priority.LATER) for expert in (1, 2)]
+    waiting = [readers.submit(0, expert, room(), Priority.LATER) for expert in (1, 2)]
     with pytest.raises(ReadersFull, match="2 reads are waiting"):
-        readers.submit(0, 3, BUFFER, Priority.NEXT_LAYER)
-    last = readers.submit(0, 4, BUFFER)
+        readers.submit(0, 3, room(), Priority.NEXT_LAYER)
+    last = readers.submit(0, 4, room())
     assert all(read.cancel() for read in waiting)
-    waiting.append(readers.submit(0, 5, BUFFER, Priority.LATER))
+    waiting.append(readers.submit(0, 5, room(), Priority.LATER))
     source.allow(9)
     assert not wait([last, *waiting], BOUND_S).not_done
     assert source.experts == [0, 4, 5]
@@ -141,24 +146,93 @@ def test_the_queue_has_an_end_but_not_for_demand() -> None:
 def test_a_failed_read_raises_and_the_next_goes_on() -> None:
     source = Gated()
     source.fail = {1}
-    readers = Readers(source, threads=1)
-    room = {"expert": torch.zeros(2, dtype=torch.int64)}
-    failed = readers.submit(4, 1, BUFFER, into=room)
-    good = readers.submit(4, 2, BUFFER)
+    readers = readers_of(source)
+    into = room()
+    failed = readers.submit(4, 1, into)
+    good = readers.submit(4, 2, room())
     source.allow(2)
     with pytest.raises(ExpertUnreadable, match="expert 1 of MoE layer 4"):
         failed.result(BOUND_S)
-    assert good.result(BOUND_S)["expert"].tolist() == [4, 2] and room["expert"].tolist() == [0, 0]
-    filled = readers.submit(4, 3, BUFFER, into=room)
+    assert good.result(BOUND_S)["expert"].tolist() == [4, 2] and into["expert"].tolist() == [0, 0]
+    filled = readers.submit(4, 3, into)
     source.allow()
-    assert filled.result(BOUND_S) is room and room["expert"].tolist() == [4, 3]
+    assert filled.result(BOUND_S) is into and into["expert"].tolist() == [4, 3]
     readers.close()
+
+
+@pytest.mark.parametrize(
+    ("spare", "order"),
+    [(0, "bbbdddnnnlll"), (1, "bllldddnnnbb"), (2, "blnnndddllbb"), (3, "blndddnnllbb")],
+)
+def test_reads_are_set_aside_while_buffers_are_free(spare: int, order: str) -> None:
+    source = Gated(pieces=3)
+    readers = readers_of(source, spare=spare)
+    reads = []
+    for expert, priority in enumerate(reversed(Priority)):
+        reads.append(readers.submit(0, expert, room(), priority))
+        if expert:
+            source.allow()
+        source.wait_for_a_read()
+    source.allow(9)
+    assert not wait(reads, BOUND_S).not_done
+    assert "".join("blnd"[expert] for expert, _ in source.read) == order
+    assert sorted(source.read) == [(e, i) for e in range(4) for i in range(3)]
+    readers.close()
+
+
+def test_of_two_set_aside_for_one_buffer_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Gated(pieces=2)
+    readers = readers_of(source, threads=2, spare=1)
+    reads = [readers.submit(0, expert, room(), Priority.BACKGROUND) for expert in (0, 1)]
+    source.wait_for_a_read()
+    source.wait_for_a_read()
+    reads += [readers.submit(0, expert, room()) for expert in (2, 3)]
+    both, after = threading.Barrier(2, timeout=BOUND_S), readers._next
+    left = threading.Semaphore(2)
+
+    def together() -> Read | None:
+        if left.acquire(blocking=False):
+            both.wait()  # until the other one is set aside, too
+        return after()
+
+    monkeypatch.setattr(readers, "_next", together)
+    source.allow(2)
+    source.wait_for_a_read()
+    source.wait_for_a_read()
+    assert sorted(source.read) == [(0, 0), (1, 0)]
+    assert [read._waits for read in reads] == [False, True, False, True]  # the last one has no buffer yet
+    source.allow(6)
+    assert not wait(reads, BOUND_S).not_done
+    assert sorted(source.read) == [(e, i) for e in range(4) for i in range(2)]
+    readers.close()
+
+
+def test_every_read_ends_once_whatever_overtakes_it() -> None:
+    source = Gated(pieces=4)
+    source.allow(10_000)
+    rng = random.Random(0)
+    for threads, spare in ((1, 2), (2, 1), (4, 1), (4, 4)):
+        source.read.clear()
+        readers = readers_of(source, threads=threads, spare=spare, depth=10_000)
+        reads: list[Read] = []
+        for expert in range(500):
+            reads.append(readers.submit(0, expert, room(), rng.choice(list(Priority))))
+            if rng.random() < 0.2:
+                readers.promote(rng.choice(reads), rng.choice(list(Priority)))
+            if rng.random() < 0.1:
+                rng.choice(reads).cancel()
+        assert not wait(reads, BOUND_S).not_done
+        kept = [e for e, read in enumerate(reads) if not read.cancelled()]
+        assert [reads[e].result()["expert"].tolist() for e in kept] == [[0, e] for e in kept]
+        assert sorted(source.read) == [(e, i) for e in kept for i in range(4)]
+        assert readers.waiting == 0
+        readers.close()
 
 
 def test_several_are_in_flight() -> None:
     source = Gated()
-    readers = Readers(source, threads=3)
-    reads = [readers.submit(0, expert, BUFFER) for expert in range(5)]
+    readers = readers_of(source, threads=3)
+    reads = [readers.submit(0, expert, room()) for expert in range(5)]
     for _ in range(3):
         source.wait_for_a_read()
     assert readers.waiting == 2 and not source.read
@@ -169,13 +243,13 @@ def test_several_are_in_flight() -> None:
 
 def test_closing_ends_every_read() -> None:
     source = Gated(pieces=2)
-    readers = Readers(source, threads=1)
-    aside = readers.submit(0, 0, BUFFER, Priority.LATER)
+    readers = readers_of(source)
+    aside = readers.submit(0, 0, room(), Priority.LATER)
     source.wait_for_a_read()
-    running = readers.submit(0, 1, BUFFER)
+    running = readers.submit(0, 1, room())
     source.allow()
     source.wait_for_a_read()  # of the second; the first is set aside
-    waiting = readers.submit(0, 2, BUFFER)
+    waiting = readers.submit(0, 2, room())
     with pytest.raises(TimeoutError, match=r"after 0 s the disk has not given expert 1 of MoE layer 0$"):
         readers.close(timeout_s=0)
     source.allow()
@@ -185,12 +259,13 @@ def test_closing_ends_every_read() -> None:
             read.result(BOUND_S)
     assert source.read == [(0, 0), (1, 0)]
     with pytest.raises(RuntimeError, match="closed"):
-        readers.submit(0, 3, BUFFER)
+        readers.submit(0, 3, room())
 
 
-def test_no_threads_is_refused() -> None:
-    with pytest.raises(ValueError, match="threads is 0"):
-        Readers(Gated(), threads=0)
+def test_a_buffer_for_each_thread() -> None:
+    for threads in (0, 2):
+        with pytest.raises(ValueError, match=rf"threads is {threads}; .* a buffer for each \(here 1\)"):
+            Readers(Gated(), [AlignedBuffer(1)], threads=threads)
 
 
 def test_experts_of_a_checkpoint(tmp_path: Path) -> None:
@@ -198,17 +273,13 @@ def test_experts_of_a_checkpoint(tmp_path: Path) -> None:
     blueprint = draw(EngineConfig(model=str(path), dtype="bfloat16", device="cpu"), path)
     layers = [blueprint.weights.reader(spec) for spec in blueprint.spec.experts]
     files = ExpertFiles(layers)
-    readers = Readers(files, threads=3)
+    readers = Readers(files, [AlignedBuffer(files.buffer_bytes) for _ in range(5)], threads=3)
     all_ = [(layer, e) for layer, reader in enumerate(layers) for e in range(reader.spec.num_experts)]
-    buffers = [AlignedBuffer(files.buffer_bytes) for _ in all_]
-    rooms = [
-        {p: torch.empty(layers[0].shape(p), dtype=torch.bfloat16) for p in layers[0].spec.parameters} for _ in all_
-    ]
-    reads = [
-        readers.submit(*which, buffer, list(Priority)[i % 4], into=None if i % 2 else room)
-        for i, (which, buffer, room) in enumerate(zip(all_, buffers, rooms, strict=True))
-    ]
-    for (layer, expert), read in zip(all_, reads, strict=True):
+    reads = []
+    for i, which in enumerate(all_ * 4):
+        into = {p: torch.empty(layers[0].shape(p), dtype=torch.bfloat16) for p in layers[0].spec.parameters}
+        reads.append(readers.submit(*which, into, list(Priority)[i % 4]))
+    for (layer, expert), read in zip(all_ * 4, reads, strict=True):
         wanted = layers[layer].read(expert)
         for name, tensor in read.result(BOUND_S).items():
             assert torch.equal(tensor, wanted[name].to(tensor.dtype)), (layer, expert, name)
