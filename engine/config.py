@@ -31,6 +31,9 @@ BALANCE = ("auto", "priced", "native", "eplb", "resplit", "llep", "moonep", "ult
 WITHOUT_GUESTS = ("native", "eplb", "resplit", "metro", "tempo")
 """Planners that move no weights."""
 
+RESIDENCY = ("default", "decayed", "lfru", "lfu", "lru")
+"""Policies that know the past (`scheduler.residency`); the first is by decayed frequency, too."""
+
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -47,6 +50,16 @@ def parse_size(text: str, name: str = "size") -> int:
     if match is None or unit not in _UNITS:
         raise ValueError(f"{name}: cannot read {text!r} as a size; write for example 8GiB, 512MiB or 4096")
     return int(float(match.group(1)) * _UNITS[unit])
+
+
+def parse_budget(text: str, total: int, name: str = "size") -> int:
+    """Bytes in a size (`parse_size`) or in a share of `total` (`"25%"`). Raises ValueError naming the option."""
+    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if share is None:
+        return parse_size(text, name)
+    if not 0 < float(share.group(1)) <= 100:
+        raise ValueError(f"{name} is {text}; a share must be above 0% and at most 100%")
+    return int(total * float(share.group(1)) / 100)
 
 
 def format_size(size: float) -> str:
@@ -82,6 +95,15 @@ class EngineConfig:
         " GPU, 0.5 on a CPU, where other programs need memory too)",
     )
     kv_memory: str | None = option(None, "size of the KV cache (default: from --memory-fraction)", metavar="SIZE")
+    expert_memory: str | None = option(
+        None,
+        "memory for experts, as a size or a percentage of all experts (25%); the others are read from the checkpoint"
+        " when they are needed (default: all experts are loaded)",
+        metavar="SIZE",
+    )
+    residency: str = option(
+        "default", "which experts stay in --expert-memory: the policy that chooses them", choices=RESIDENCY
+    )
     prefix_cache: bool = option(True, "share KV blocks between requests with a common prefix")
     generation_config: str = option(
         "model",
@@ -203,6 +225,15 @@ class EngineConfig:
                 f"max_batched_tokens ({self.max_batched_tokens}) is below max_num_seqs ({self.max_num_seqs}): a step"
                 " must have room for one token of each request; raise the first or lower the second"
             )
+        if self.expert_memory is not None:
+            parse_budget(self.expert_memory, 1, "expert_memory")
+            if self.ep is not None and self.ep > 1:
+                self.check_several_ranks()
+        elif self.residency != EngineConfig.residency:
+            raise ValueError(
+                f"residency is {self.residency}, which changes nothing while all experts are in memory; leave it out,"
+                " or set --expert-memory"
+            )
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction is {self.memory_fraction}; it must be above 0 and at most 1")
         if self.kv_memory is not None:
@@ -220,6 +251,14 @@ class EngineConfig:
                     f"{name} is {value}, which changes nothing with one rank: {why}; leave it out, or use --ep 2 or"
                     " more"
                 )
+
+    def check_several_ranks(self) -> None:
+        """Raises ValueError for an option that several ranks do not have. Called where there are known to be."""
+        if self.expert_memory is not None:
+            raise ValueError(
+                f"expert_memory is {self.expert_memory}, and several ranks cannot read experts as they need them yet;"
+                " leave it out, or use --ep 1"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -36,6 +36,7 @@ from .attention import PagedAttention
 from .balance import warm_up as planner_warm_up
 from .config import EngineConfig, format_size
 from .cpu_linear import use_small_row_kernels
+from .expert_files import ExpertUnreadable
 from .grammar import GrammarCompiler
 from .group import RankGroup, RankLost
 from .kv_cache import KVCache, Span, StepBatch, make_batch
@@ -44,6 +45,7 @@ from .memory import check_weights_fit, free_memory, give_back, kv_blocks
 from .messages import Spans, Stats, Submit, TokenDelta
 from .model import plug, unplug
 from .moe import MoEFunction, calibrate
+from .offload import Offload, plan_offload
 from .overlap import find_overlap
 from .parallel import Parallel, Seat, balance_planner, check_alike, first_tables
 from .params import SamplingParams
@@ -51,6 +53,7 @@ from .progress import Progress
 from .recorder import RoutingRecorder
 from .resolve import resolve_model
 from .sampling import Sampled, SequenceSampler, sample
+from .store import ExpertLate
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +93,7 @@ class Engine:
         self.vocab_size = min(int(blueprint.model.config.vocab_size), blueprint.spec.vocab_size)
         self._model = blueprint.model
         self._parallel: Parallel | None = None
+        self._offload: Offload | None = None
         self._counts_LE: torch.Tensor | None = None
         _compile(config, seat, self.device.type == "cpu")
         baseline = psutil.Process().memory_info().rss
@@ -107,6 +111,8 @@ class Engine:
             give_back()
         # Ranks on one machine share its memory, and a GPU's is a rank's own.
         free = free_memory(self.device) / (sharing if self.device.type == "cpu" else 1) - activations
+        if self._offload is not None:
+            free -= self._offload.plan.size.reading  # taken while serving
         num_blocks = kv_blocks(config, self.device, blueprint.footprint.kv_per_token, self.max_model_len, free)
         self._use_cache(num_blocks, blueprint.dtype)
         self._free = free - self._cache.nbytes
@@ -140,7 +146,11 @@ class Engine:
             "baseline_bytes": baseline,  # this process with all code loaded, before any weight
             "hidden_bytes": self.spec.hidden_size * blueprint.dtype.itemsize,
             "guest_bytes": self._parallel.guest_bytes if self._parallel else 0,
-            "own_expert_bytes": sum(layer.pool.nbytes for layer in self._experts.layers),
+            "own_expert_bytes": (
+                self._offload.plan.size.nbytes
+                if self._offload
+                else sum(layer.pool.nbytes for layer in self._experts.layers)
+            ),
         }
         logger.info(
             "%s on %s in %s: weights %s, KV cache %s for %d tokens",
@@ -273,7 +283,11 @@ class Engine:
             return []
         if self._parallel is None:
             self.progress.step += 1
-        logits_BV = self._run(step)
+        try:
+            logits_BV = self._run(step)
+        except (ExpertUnreadable, ExpertLate) as error:
+            logger.error("%s; %d requests of this step end with it", error, len(step.tokens))
+            return [self._fail(request_id, str(error)) for request_id in step.tokens]
         if self._parallel is not None:
             self._parallel.group.settle()
         self._scheduler.commit(step)
@@ -298,6 +312,7 @@ class Engine:
             generated_tokens=self._generated_tokens,
             expert_counts=[layer.counts_E.tolist() for layer in self._experts.layers] if with_experts else None,
             **(self._parallel.figures() if self._parallel else {}),
+            **(self._offload.figures() if self._offload else {}),
             **{f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()},
             step_ns=self.progress.step_ns,
         )
@@ -305,14 +320,21 @@ class Engine:
     def close(self) -> None:
         """Forgets the functions registered with transformers, which keep the model's memory alive."""
         unplug(self._name)
+        if self._offload is not None:
+            self._offload.close()
 
     def _load(self, blueprint: Blueprint, seat: Seat | None) -> MoEFunction:
         """The weights; of the experts only this rank's, where there are several."""
         config = self.config
         if seat is None:
             config.check_one_rank()
-            check_weights_fit(blueprint.footprint, self.device)
-            return load(blueprint, progress=config.progress)
+            plan = plan_offload(config, blueprint)
+            check_weights_fit(blueprint.footprint, self.device, plan.size.nbytes if plan else None)
+            experts = load(blueprint, progress=config.progress, offload=plan)
+            if plan is not None:
+                self._offload = Offload(plan, experts.layers)
+            return experts
+        config.check_several_ranks()
         group = seat.group
         self._fingerprint = blueprint.weights.checkpoint.fingerprint
         check_alike(group, self._fingerprint, config, START_TIMEOUT_S)
@@ -378,6 +400,8 @@ class Engine:
             layer.counts_E.zero_()
             if layer.overlap is not None:
                 layer.overlap.settle()
+        if self._offload is not None:
+            self._offload.forget()
         peak = torch.cuda.max_memory_allocated(self.device) - before if on_gpu else 0
         # The real cache is made next: nothing of this one may be left beside it.
         unplug(self._name)
@@ -406,6 +430,8 @@ class Engine:
     @torch.inference_mode()
     def _run_batch(self, batch: StepBatch) -> torch.Tensor:
         self._attention.batch = batch
+        if self._offload is not None:
+            self._offload.store.begin_step()
         out = self._model(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.positions_T[None],
@@ -415,12 +441,16 @@ class Engine:
         )
         return out.logits[0]
 
+    def _fail(self, request_id: str, error: str) -> TokenDelta:
+        """Ends a request whose tokens could not be computed."""
+        self._scheduler.finish(request_id)
+        return TokenDelta(request_id=request_id, token_ids=[], finish_reason="error", error=error)
+
     def _advance(self, request: Request, result: Sampled) -> TokenDelta:
         life: _Life = request.payload
         sampler = life.sampler
         if result.error:
-            self._scheduler.finish(request.id)
-            return TokenDelta(request_id=request.id, token_ids=[], finish_reason="error", error=result.error)
+            return self._fail(request.id, result.error)
         resumed, life.resumed = life.resumed, False
         first = not sampler.output_ids or resumed
         sampler.advance(result.token_id)

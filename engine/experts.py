@@ -21,10 +21,12 @@ class ExpertPool:
 
     `up_SND` is `[S, 2I, D]` for experts with a gate (the rows of gate and up in the model's own order), `[S, I, D]`
     without; `down_SDI` is `[S, D, I]`; biases or None. Whatever the checkpoint's layout, there is one copy of the
-    weights.
+    weights. With `shared` the slots are those of another layer's pool, whose experts have the same shapes.
     """
 
-    def __init__(self, reader: ExpertReader, num_slots: int, device: torch.device):
+    def __init__(
+        self, reader: ExpertReader, num_slots: int, device: torch.device, shared: ExpertPool | None = None
+    ) -> None:
         spec = reader.spec
         self.spec = spec
         self.reader = reader
@@ -39,24 +41,30 @@ class ExpertPool:
             )
         self.contents = [EMPTY] * num_slots
         """The expert in each slot; -1 where there is none, or while one is being written."""
-        self.up_SND = self._empty(self._up_name, device)
-        self.down_SDI = self._empty(DOWN_NAME, device)
+        self._device, self._shared = device, shared
+        self.up_SND = self._empty(self._up_name)
+        self.down_SDI = self._empty(DOWN_NAME)
         self.up_bias_SN: torch.Tensor | None = None
         self.down_bias_SD: torch.Tensor | None = None
         if spec.has_bias:
             self._names |= biases
-            self.up_bias_SN = self._empty(f"{self._up_name}_bias", device)
-            self.down_bias_SD = self._empty(f"{DOWN_NAME}_bias", device)
+            self.up_bias_SN = self._empty(f"{self._up_name}_bias")
+            self.down_bias_SD = self._empty(f"{DOWN_NAME}_bias")
 
     @property
     def _up_name(self) -> str:
         return UP_NAMES[0] if self.spec.has_gate else UP_NAMES[1]
 
-    def _empty(self, parameter: str, device: torch.device) -> torch.Tensor:
+    def _empty(self, parameter: str) -> torch.Tensor:
         shape = self.reader.shape(parameter)
         if len(shape) == 2 and self.spec.is_transposed:
             shape = (shape[1], shape[0])
-        return torch.empty(self.num_slots, *shape, dtype=self.reader.dtype(parameter), device=device)
+        dtype = self.reader.dtype(parameter)
+        if self._shared is not None:
+            tensor: torch.Tensor = getattr(self._shared, self._names[parameter])
+            assert tensor.shape == (self.num_slots, *shape) and tensor.dtype == dtype
+            return tensor
+        return torch.empty(self.num_slots, *shape, dtype=dtype, device=self._device)
 
     @property
     def nbytes(self) -> int:
@@ -65,11 +73,20 @@ class ExpertPool:
     def fill(self, slot: int, expert: int) -> None:
         """Reads an expert from the checkpoint into a slot."""
         self.contents[slot] = EMPTY
+        views = self.views(slot)
         for parameter, tensor in self.reader.read(expert).items():
-            if tensor.dim() == 2 and self.spec.is_transposed:
-                tensor = tensor.t()
-            getattr(self, self._names[parameter])[slot].copy_(tensor)
+            views[parameter].copy_(tensor)
         self.contents[slot] = expert
+
+    def views(self, slot: int) -> dict[str, torch.Tensor]:
+        """A slot's tensors by parameter, in the layout of `ExpertReader.read`."""
+        views = {parameter: getattr(self, name)[slot] for parameter, name in self._names.items()}
+        return {p: t.t() if t.dim() == 2 and self.spec.is_transposed else t for p, t in views.items()}
+
+    def zero(self) -> None:
+        """Writes zeros to all slots."""
+        for tensor in self._tensors():
+            tensor.zero_()
 
     def pack(self, slot: int) -> torch.Tensor:
         """A copy of a slot's tensors as one vector of bytes, for another rank or another slot."""

@@ -12,12 +12,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..scheduler.table import EMPTY
 from .checkpoint import Checkpoint
 from .config import EngineConfig
 from .experts import ExpertPool, load_experts
 from .memory import Footprint, choose_device, footprint
 from .model import ModelSpec, build, choose_dtype, choose_max_model_len, load_config, probe
 from .moe import MoEFunction, MoELayer
+from .offload import OffloadPlan
 from .weights import WeightMap, load_dense
 
 
@@ -59,14 +61,23 @@ def draw(config: EngineConfig, path: Path, local_rank: int = 0, local_ranks: int
     )
 
 
-def load(blueprint: Blueprint, *, progress: bool, slots: Sequence[Sequence[int]] | None = None) -> MoEFunction:
+def load(
+    blueprint: Blueprint,
+    *,
+    progress: bool,
+    slots: Sequence[Sequence[int]] | None = None,
+    offload: OffloadPlan | None = None,
+) -> MoEFunction:
     """Loads dense weights and experts; returns the experts function with its layers.
 
     `slots` says for each MoE layer which expert goes to each of this rank's slots (-1: none); None: all of them.
+    With `offload` the layers share one set of empty slots, and no expert is read.
     """
     model, weights = blueprint.model, blueprint.weights
     experts = MoEFunction()
-    if slots is None:
+    if offload is not None:
+        slots = [[EMPTY] * offload.size.places for _ in blueprint.spec.experts]
+    elif slots is None:
         slots = [range(spec.num_experts) for spec in blueprint.spec.experts]
     readers = [weights.reader(spec) for spec in blueprint.spec.experts]
     own = sum(r.nbytes * sum(e >= 0 for e in row) for r, row in zip(readers, slots, strict=True))
@@ -90,8 +101,12 @@ def load(blueprint: Blueprint, *, progress: bool, slots: Sequence[Sequence[int]]
         left = bar.total - bar.n
         if own:
             scale = left / own
+        shared: ExpertPool | None = None
         for spec, reader, row in zip(blueprint.spec.experts, readers, slots, strict=True):
-            pool = ExpertPool(reader, len(row), blueprint.device)
+            pool = ExpertPool(reader, len(row), blueprint.device, shared if offload is not None else None)
+            if offload is not None and shared is None:
+                pool.zero()  # so that its memory is taken now, not while serving
+            shared = pool
             for nbytes in load_experts(pool, row):
                 bar.update(int(nbytes * scale))
             module = model.get_submodule(spec.module)

@@ -77,6 +77,17 @@ def rank_constants(layer: MoELayer, *, force: bool = False, progress: bool = Fal
     return constants.save("rank", key, values, samples)
 
 
+def few_rows_of(layer: MoELayer, progress: bool = False) -> int:
+    """`few_rows` of the constants. Where they are not known and too few experts have a place to measure them, only this
+    is measured, and not kept.
+    """
+    if layer.offloaded is not None and layer.pool.num_slots < TRIAL_EXPERTS:
+        key = constants.key_of(layer.pool.reader, layer.pool.up_SND.device, torch.get_num_threads())
+        record: Record[RankConstants] | None = constants.load("rank", key)
+        return record.values.few_rows if record is not None else layer.measure_few_rows()
+    return rank_constants(layer, progress=progress).values.few_rows
+
+
 def time_experts(layer: MoELayer, progress: bool = False) -> Samples:
     """[experts touched, rows, ns] of calls of the layer's own experts, each time of other ones: a step finds none of
     them in a cache, either.

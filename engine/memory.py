@@ -77,14 +77,16 @@ def _group_memory() -> float:
 def check_weights_fit(size: Footprint, device: torch.device, experts: int | None = None, sharing: int = 1) -> None:
     """Raises ValueError when the weights alone need more memory than is free.
 
-    `experts` is the bytes of this rank's experts where it does not have all; `sharing` ranks use the memory together.
+    `experts` is the bytes for this rank's experts where it does not have all in memory; `sharing` ranks use the memory
+    together.
     """
     free = free_memory(device) / (sharing if device.type == "cpu" else 1)
     needed = size.weights if experts is None else size.dense + experts
     if needed > free:
         raise ValueError(
             f"model: the weights need {format_size(needed)}, and {format_size(free)} is free on {device.type};"
-            " free some memory, choose a smaller --dtype, another device, or more ranks (--ep)"
+            " free some memory, choose a smaller --dtype, another device, more ranks (--ep), or --expert-memory for a"
+            " part of the experts"
         )
 
 

@@ -279,7 +279,8 @@ class Stats:
     else None. `sent_rows` are hidden vectors that went to other ranks' experts and `least_rows` the fewest that could
     (each token once per distinct other rank); `sent_bytes` all bytes that dispatch and combine sent; `moved_bytes`
     those of expert weights that the placement moved. What begins with `balance_` is about layers that were planned
-    (`balance.BalanceFigures`). The times are what one of several ranks spent in each part of its steps
+    (`balance.BalanceFigures`). What begins with `expert_` but the counts is the expert store's (`store.StoreFigures`);
+    `expert_resident_bytes` is a gauge. The times are what one of several ranks spent in each part of its steps
     (`progress.PHASES`), and in steps altogether.
     """
 
@@ -318,6 +319,11 @@ class Stats:
     balance_early: int = 0
     balance_shared_rows: int = 0
     balance_late: int = 0
+    expert_hits: int = 0
+    expert_misses: int = 0
+    expert_read_bytes: int = 0
+    expert_admitted_bytes: int = 0
+    expert_resident_bytes: int = 0
     attention_ns: int = 0
     plan_ns: int = 0
     dispatch_ns: int = 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,10 +18,13 @@ from ..kernels.grouped_mm import grouped_mm
 from .dispatch import LocalDispatcher
 from .experts import ExpertPool
 from .guests import Cutter
-from .measure import rank_constants
+from .measure import few_rows_of
 from .overlap import Overlap
 from .parallel_layer import ParallelLayer
 from .recorder import RoutingRecorder
+
+if TYPE_CHECKING:
+    from .offload import OffloadedLayer
 
 ROW_COUNTS = (16, 32, 64, 128, 256)
 """Rows per expert at which the compiled kernels and one GEMM per expert are timed against each other."""
@@ -43,6 +46,7 @@ class MoELayer:
         self.cutter = Cutter(pool, gate)
         self._few_rows = _few_rows_function(pool, self.gate)
         self._compiled = self._few_rows is not None
+        self.swiglu = self._compiled and _plain_swiglu(pool, gate)
         # Mean rows per expert up to which the compiled kernels run; `calibrate` measures it.
         self.few_rows = ROW_COUNTS[0]
         self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.up_SND.device)
@@ -50,16 +54,21 @@ class MoELayer:
         self.slot_E: torch.Tensor | None = None
         """Where each expert is when it is not in the slot of its number; -1 leaves out one that is not here."""
         self.overlap: Overlap | None = None
+        self.offloaded: OffloadedLayer | None = None
+        """Where the experts come from when memory holds a part of them only."""
 
     def __call__(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The experts' weighted outputs [T, D] for the router's choice."""
-        if self.parallel is None and self.slot_E is None:
+        if self.parallel is None and self.slot_E is None and self.offloaded is None:
             out_TD, counts_E = self.run_local(x_TD, ids_TK, weights_TK)
             self.counts_E += counts_E
             return out_TD
         flat = ids_TK.reshape(-1)
         padded_E = self.counts_E.new_zeros(self.counts_E.shape[0] + 1)
-        self.counts_E += padded_E.scatter_add_(0, flat + 1, torch.ones_like(flat))[1:]
+        counts_E = padded_E.scatter_add_(0, flat + 1, torch.ones_like(flat))[1:]
+        self.counts_E += counts_E
+        if self.offloaded is not None:
+            return self.offloaded.run(x_TD, ids_TK, weights_TK, counts_E)
         if self.parallel is not None:
             return self.parallel.run(self, x_TD, ids_TK, weights_TK)
         if self.overlap is not None:
@@ -79,9 +88,18 @@ class MoELayer:
         if not x_RD.shape[0]:
             return x_RD.new_empty(0, x_RD.shape[1]), self.counts_E.new_zeros(self.pool.num_slots)
         pairs = slots_RK.numel() if pairs is None else pairs
-        if self._few_rows is not None and pairs <= self.few_rows * self.pool.num_slots:
+        if self.takes_few_rows(pairs, self.pool.num_slots):
             return self._few_rows(x_RD, slots_RK, weights_RK)
         return self._many_rows(x_RD, slots_RK, weights_RK)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether there are compiled kernels for this layer's rows."""
+        return self._compiled
+
+    def takes_few_rows(self, pairs: int, experts: int) -> bool:
+        """Whether so many pairs of a row and one of `experts` are for the kernels for few rows."""
+        return self._few_rows is not None and pairs <= self.few_rows * experts
 
     def _many_rows(
         self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -155,7 +173,7 @@ def calibrate(layers: Sequence[MoELayer], *, progress: bool = False) -> None:
         pool = layer.pool
         shape = (pool.up_SND.shape, pool.up_SND.dtype, pool.spec.has_bias, pool.spec.has_gate)
         if shape not in known:
-            known[shape] = rank_constants(layer, progress=progress).values.few_rows
+            known[shape] = few_rows_of(layer, progress)
         layer.few_rows = known[shape]
 
 
@@ -165,6 +183,10 @@ def _is_swiglu(gate: Any, width: int) -> bool:
     sample = torch.randn(4, width, generator=torch.Generator().manual_seed(0)) * scales
     first, second = sample.chunk(2, dim=-1)
     return torch.allclose(gate(sample), F.silu(first) * second, rtol=1e-5, atol=1e-6)
+
+
+def _plain_swiglu(pool: ExpertPool, gate: Any) -> bool:
+    return pool.spec.has_gate and not pool.spec.has_bias and _is_swiglu(gate, pool.up_SND.shape[1])
 
 
 def _few_rows_function(pool: ExpertPool, gate: Any) -> Any:
@@ -179,8 +201,7 @@ def _few_rows_function(pool: ExpertPool, gate: Any) -> Any:
     from ..kernels.small_experts import small_experts
     from ..kernels.sort_rows import sort_rows
 
-    spec = pool.spec
-    if spec.has_gate and not spec.has_bias and _is_swiglu(gate, pool.up_SND.shape[1]):
+    if _plain_swiglu(pool, gate):
         return lambda x_TD, ids_TK, weights_TK: small_experts(x_TD, ids_TK, weights_TK, pool.up_SND, pool.down_SDI)
 
     def pieces(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,6 +32,10 @@ _COUNTERS = (
     ("least_rows", "moe_least_rows", "The fewest that could: each token once for each other rank with its experts."),
     ("sent_bytes", "moe_sent_bytes", "Bytes that dispatch to experts and combine sent between ranks."),
     ("moved_bytes", "moe_expert_bytes_moved", "Bytes of expert weights that were copied or read for a new placement."),
+    ("expert_hits", "moe_expert_hits", "Experts that were in --expert-memory when a layer of a step needed them."),
+    ("expert_misses", "moe_expert_misses", "Experts that were not, and were read from the checkpoint."),
+    ("expert_read_bytes", "moe_expert_bytes_read", "Bytes of experts read from the checkpoint while serving."),
+    ("expert_admitted_bytes", "moe_expert_bytes_admitted", "Bytes of experts that got a slot in --expert-memory."),
 )
 
 
@@ -115,6 +119,7 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Requests in the engine's current steps.")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting for their first step.")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.")
+        self._resident = self._gauge("moe_expert_resident_bytes", "Bytes of experts in --expert-memory's slots.")
         self._counters = [(name, self._counter(metric, text), 1.0) for name, metric, text in _COUNTERS]
         phases = self._counter(
             "step_phase_seconds", "Where the steps of several ranks spent their time; wait is for other ranks.", "phase"
@@ -205,6 +210,7 @@ class Metrics:
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(_kv_usage(stats))
+        self._resident.set(stats.expert_resident_bytes)
         for name, counter, unit in self._counters:
             total, before = getattr(stats, name), getattr(self._seen, name)
             # A total that went down belongs to a rank that started again: all of it is new.

@@ -37,6 +37,7 @@ def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
 def _show_memory(config: EngineConfig, blueprint: Blueprint) -> int:
     """The table; the exit code."""
     from ..engine.memory import free_memory, kv_blocks
+    from ..engine.offload import plan_offload
 
     size = blueprint.footprint
     ranks, on_cpu = config.ep or 1, blueprint.device.type == "cpu"
@@ -48,6 +49,11 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint) -> int:
         ]
         experts, slots = sum(slots * nbytes for slots, nbytes in layers), sum(slots for slots, _ in layers)
         note = f"room for {slots} of {size.num_experts} experts"
+    offload = plan_offload(config, blueprint) if ranks == 1 else None
+    if offload is not None:
+        store = offload.size
+        experts = store.nbytes
+        note = f"{store.slots} of {size.num_experts} experts stay, {store.staging} at a time pass through,"
     free = free_memory(blueprint.device) / (ranks if on_cpu else 1)  # ranks on one machine share its RAM
     left = free - size.dense - experts
     where = "RAM" if on_cpu else "GPU"
@@ -55,7 +61,11 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint) -> int:
 
     rows = [
         ("dense weights", size.dense, ""),
-        ("expert weights", experts, f"{note} in {len(blueprint.spec.experts)} layers, {format_size(size.expert)} each"),
+        (
+            "expert memory" if offload else "expert weights",
+            experts,
+            f"{note} in {len(blueprint.spec.experts)} layers, {format_size(size.expert)} each",
+        ),
         (f"free {where}", free, f"{total}, for {ranks} ranks on this machine" if on_cpu and ranks > 1 else total),
         ("left for KV cache", max(left, 0), f"{format_size(size.kv_per_token)} per token"),
     ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..engine.messages import Stats
 
-GAUGES = ("running", "waiting", "kv_blocks_used", "kv_blocks_total")
+GAUGES = ("running", "waiting", "kv_blocks_used", "kv_blocks_total", "expert_resident_bytes")
 COUNTERS = tuple(f.name for f in dataclasses.fields(Stats) if f.name not in (*GAUGES, "expert_counts"))
 
 

@@ -1,0 +1,230 @@
+"""Expert offload of one rank: the layers' experts run from an `ExpertStore` whose memory holds a part of them.
+
+What a token gets does not depend, to the bit, on which experts were in memory: each expert computes all its rows at
+once, wherever it came from, and the rows are summed in top-k order.
+
+T: tokens, K: experts per token, D: hidden size, E: experts, R: rows (token and expert pairs), G: experts with rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..kernels.expert_loop import expert_loop
+from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, default_policy
+from ..scheduler.residency.slots import Budget, Policy
+from .config import EngineConfig, format_size, parse_budget
+from .dispatch import LocalDispatcher
+from .expert_files import AlignedBuffer, ExpertFiles
+from .store import READ_TIMEOUT_S, ExpertStore, StoreSize, Visit, share_out
+
+if TYPE_CHECKING:
+    from .experts import ExpertPool
+    from .loader import Blueprint
+    from .moe import MoELayer
+
+POLICIES: dict[str, Callable[[Budget], Policy]] = {
+    "default": default_policy,
+    "decayed": DecayedFrequency,
+    "lfru": LFRU,
+    "lfu": LFU,
+    "lru": LRU,
+}
+
+log = logging.getLogger("moeyard.offload")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadPlan:
+    """The store that the options ask for: its division, and the slots as the policy sees them."""
+
+    size: StoreSize
+    budget: Budget
+    residency: str
+
+    def policy(self) -> Policy:
+        return POLICIES[self.residency](self.budget)
+
+
+def plan_offload(config: EngineConfig, blueprint: Blueprint) -> OffloadPlan | None:
+    """What `expert_memory` means for a model; None when all experts are to be in memory.
+
+    Each layer keeps as many slots as a token has experts, or its share where there are fewer. Raises ValueError for
+    what cannot be.
+    """
+    if config.expert_memory is None:
+        return None
+    specs, total = blueprint.spec.experts, blueprint.footprint.experts
+    if not specs:
+        raise ValueError("expert_memory: this model has no experts; leave it out")
+    if blueprint.device.type != "cpu":
+        raise ValueError("expert_memory: on a GPU it is not supported yet; leave it out, or use --device cpu")
+    budget = parse_budget(config.expert_memory, total, "expert_memory")
+    if budget >= total:
+        log.info("expert_memory %s is room for all experts, %s", config.expert_memory, format_size(total))
+        return None
+    readers = [blueprint.weights.reader(spec) for spec in specs]
+    shapes = {tuple((name, r.shape(name), r.dtype(name)) for name in r.spec.parameters) for r in readers}
+    if len(shapes) > 1:
+        raise ValueError("expert_memory: the experts of this model's layers differ in shape; leave it out")
+    files = ExpertFiles(readers)
+    files.close()
+    size = share_out(budget, readers[0].nbytes, files.buffer_bytes)
+    experts = max(spec.num_experts for spec in specs)
+    slots = min(size.slots, len(specs) * experts)
+    floor = min(*(spec.top_k for spec in specs), slots // len(specs), experts)
+    shared = Budget(layers=len(specs), experts=experts, slots=slots, floor=floor)
+    return OffloadPlan(size=size, budget=shared, residency=config.residency)
+
+
+class CheckpointSource:
+    """Experts from the checkpoint's own files, past the page cache where that is possible; `buffers` reads at a time,
+    each through memory of its own.
+    """
+
+    def __init__(self, files: ExpertFiles, pools: Sequence[ExpertPool], buffers: int) -> None:
+        self._files = files
+        self._pools = pools
+        self._buffers: SimpleQueue[AlignedBuffer] = SimpleQueue()
+        for _ in range(buffers):
+            self._buffers.put(AlignedBuffer(files.buffer_bytes))
+
+    def read_into(self, layer: int, expert: int, place: int) -> int:
+        """As `store.Source` says."""
+        buffer = self._buffers.get(timeout=READ_TIMEOUT_S)  # there are as many as threads
+        try:
+            for _ in self._files.steps(layer, expert, buffer):
+                pass
+            self._files.copy(layer, expert, buffer, self._pools[layer].views(place))
+        finally:
+            self._buffers.put(buffer)
+        return sum(extent.nbytes for extent in self._files.extents(layer, expert))
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class Offload:
+    """The store of a model's layers, and how each runs from it."""
+
+    def __init__(self, plan: OffloadPlan, layers: Sequence[MoELayer]) -> None:
+        self.plan = plan
+        pools = [layer.pool for layer in layers]
+        files = ExpertFiles([pool.reader for pool in pools])
+        files.drop_cached_pages()
+        self.source = CheckpointSource(files, pools, plan.size.readers)
+        self.store = ExpertStore(plan.size, plan.policy(), self.source)
+        for number, layer in enumerate(layers):
+            layer.offloaded = OffloadedLayer(self.store, layer, number)
+
+    def forget(self) -> None:
+        """Empties the store, as after the start."""
+        self.store.forget(self.plan.policy())
+
+    def close(self) -> None:
+        """Ends reading. What is on its way is waited for, within `READ_TIMEOUT_S`."""
+        if self.store.close():
+            self.source.close()
+
+    def figures(self) -> dict[str, int]:
+        """The fields of `Stats` that are about the store."""
+        figures = self.store.figures
+        return {
+            "expert_hits": figures.hits,
+            "expert_misses": figures.misses,
+            "expert_read_bytes": figures.read_bytes,
+            "expert_admitted_bytes": figures.admitted_bytes,
+            "expert_resident_bytes": figures.resident_bytes,
+        }
+
+
+class OffloadedLayer:
+    """A layer whose experts are in the store, MoE layer `number` of it."""
+
+    def __init__(self, store: ExpertStore, layer: MoELayer, number: int) -> None:
+        self._store = store
+        self._layer = layer
+        self._number = number
+
+    def run(
+        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, counts_E: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sums [T, D] over the experts of each token; -1 adds nothing. `counts_E` are the experts' rows.
+
+        Raises ExpertUnreadable and ExpertLate.
+        """
+        layer, counts = self._layer, counts_E.tolist()
+        visit = self._store.visit(self._number, (expert for expert, count in enumerate(counts) if count))
+        # Experts are numbered in the order in which they run, so that each group's rows follow each other.
+        order_E = torch.full(counts_E.shape, -1)
+        order_E[list(visit.experts)] = torch.arange(len(visit.experts))
+        order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
+        starts = [0, *itertools.accumulate(counts[expert] for expert in visit.experts)]
+        few = layer.takes_few_rows(ids_TK.numel(), len(counts))
+        y_RD = x_TD.new_empty(starts[-1], x_TD.shape[1])
+        if layer.compiled:
+            from ..kernels.grouped_linear import combine
+            from ..kernels.sort_rows import sort_rows
+
+            rows = sort_rows(order_TK, len(visit.experts))
+            self._compute(visit, starts, few, x_TD, rows.token_R, y_RD)
+            return combine(y_RD, rows.position_TK, weights_TK)
+        local = LocalDispatcher(len(visit.experts))
+        token_R, _, state = local.route(order_TK, weights_TK)
+        self._compute(visit, starts, few, x_TD, token_R, y_RD)
+        return local.combine(y_RD, state)
+
+    def _compute(
+        self,
+        visit: Visit,
+        starts: Sequence[int],
+        few: bool,
+        x_TD: torch.Tensor,
+        token_R: torch.Tensor,
+        y_RD: torch.Tensor,
+    ) -> None:
+        """Fills `y_RD` as the experts come; those of `visit.experts[i]` are the rows starts[i] to starts[i + 1]."""
+        done = 0
+        for places in visit:
+            rows = starts[done : done + len(places) + 1]
+            low, high = rows[0], rows[-1]
+            rows_of = self._few_rows if few else self._many_rows
+            y_RD[low:high] = rows_of(x_TD, token_R[low:high], [row - low for row in rows], places)
+            done += len(places)
+
+    def _few_rows(
+        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]
+    ) -> torch.Tensor:
+        from ..kernels.grouped_linear import grouped_gate_up_silu, grouped_linear
+
+        pool = self._layer.pool
+        groups = torch.tensor(starts, dtype=torch.int32), torch.tensor(places, dtype=torch.int32)
+        if self._layer.swiglu:
+            h_RI = grouped_gate_up_silu(x_TD, pool.up_SND, *groups, token_R)
+        else:
+            h_RN = grouped_linear(x_TD, pool.up_SND, *groups, pool.up_bias_SN, token_R)
+            # Expert by expert: torch computes the last elements of a tensor in another way than the first, and what
+            # is last must not depend on who came together.
+            h_RI = torch.cat([self._layer.gate(h_RN[low:high]) for low, high in itertools.pairwise(starts)])
+        return grouped_linear(h_RI, pool.down_SDI, *groups, pool.down_bias_SD)
+
+    def _many_rows(
+        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]
+    ) -> torch.Tensor:
+        pool = self._layer.pool
+
+        def of(tensor: torch.Tensor | None) -> list[torch.Tensor] | None:
+            return None if tensor is None else [tensor[place] for place in places]
+
+        up_GND, down_GDI = of(pool.up_SND), of(pool.down_SDI)
+        assert up_GND is not None and down_GDI is not None
+        counts_G = torch.tensor([high - low for low, high in itertools.pairwise(starts)])
+        biases = of(pool.up_bias_SN), of(pool.down_bias_SD)
+        return expert_loop(x_TD, token_R, counts_G, up_GND, down_GDI, self._layer.gate, *biases)
