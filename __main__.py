@@ -24,6 +24,7 @@ BENCHES = {
     "plan": "microseconds that the priced planner takes for a layer",
     "replay": "policies that keep experts on the device, on recorded routing",
     "disk": "how fast single experts are read from a checkpoint's files",
+    "offload": "experts that do not fit in memory, against other ways to run such a model",
     "affinity": "which requests to run together so that they share experts, simulated",
 }
 

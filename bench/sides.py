@@ -239,7 +239,11 @@ SIDES: dict[str, type] = {"moeyard": MoeyardSide, "transformers": TransformersSi
 
 
 def main() -> None:
-    side = SIDES[sys.argv[1]]()
+    serve(SIDES[sys.argv[1]]())
+
+
+def serve(side: Any) -> None:
+    """Answers requests, which are calls of the side's methods, until there are no more."""
     # Answers keep the real standard output; whatever a library prints goes with the log.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -23,11 +23,11 @@ LOG_TAIL = 4000
 class Side:
     """One engine in its own process, started once. Use as a context manager; `call` is bounded."""
 
-    def __init__(self, name: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, name: str, environment: Mapping[str, str], module: str = "sides") -> None:
         self.name = name
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"{__package__}.sides", name],
+            [sys.executable, "-P", "-m", f"{__package__}.{module}", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
