@@ -218,11 +218,9 @@ def _machine(
     elif device == "cuda":
         bandwidth, source = host_to_gpu_rate(), "from the host's memory, measured"
     elif config is not None:
-        from ..engine.resolve import resolve_model
         from .disk_rate import disk_rate
 
-        path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
-        bandwidth, source = disk_rate(sorted(path.glob("*.safetensors")), need.expert_bytes), "the disk, measured"
+        bandwidth, source = disk_rate(config)[0], "the disk, measured"
     else:
         return None
     return Machine(bandwidth=bandwidth, memory=read_rate(device), free=free, source=source)

@@ -18,7 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..engine.config import format_size
+from ..engine.config import EngineConfig, format_size
+from .disk_rate import disk_rate
 from .report import emit, spread, table
 from .shapes import add_shape_options, resolve_model
 from .sides import Workload
@@ -184,7 +185,7 @@ class Bench:
         args = self.args
         big, small = (f"{share:g} %" for share in self.shares)
         step = {name: spread([s["step_s"] for s in self.samples[name]]).median for name in (*ours, *theirs)}
-        rate, expert_bytes = _disk_rate(self.model)
+        rate, expert_bytes = disk_rate(EngineConfig(model=self.model, device="cpu"), progress=True)
         bound: dict[str, float] = {}
         rows = []
         for name in (*ours, *theirs):
@@ -224,24 +225,3 @@ class Bench:
         """Median over turns of one side's time per step by another's of the same turn."""
         pairs = zip(self.samples[slow], self.samples[fast], strict=True)
         return statistics.median([a["step_s"] / b["step_s"] for a, b in pairs])
-
-
-def _disk_rate(model: str) -> tuple[float, int]:
-    """Bytes per second of single experts from the checkpoint's files, the most that any number of reads in flight
-    gives, and an expert's bytes.
-    """
-    from ..engine.config import EngineConfig
-    from ..engine.expert_files import ExpertFiles
-    from ..engine.loader import draw
-    from ..engine.measure_disk import measure_disk
-    from ..engine.resolve import resolve_model as path_of
-
-    config = EngineConfig(model=model, device="cpu")
-    blueprint = draw(config, path_of(config.model, config.revision, remote_code=False))
-    files = ExpertFiles([blueprint.weights.reader(spec) for spec in blueprint.spec.experts])
-    try:
-        cost = measure_disk(files, progress=True)
-    finally:
-        files.close()
-    rates = [statistics.median([1e9 * nbytes / ns for nbytes, ns in cost.samples[n][::2]]) for n in cost.samples if n]
-    return max(rates), cost.expert_bytes
