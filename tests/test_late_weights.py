@@ -2,10 +2,12 @@
 
 import dataclasses
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import world
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +40,24 @@ class Held:
     def release(self):
         self.group.send_weights = self._send
         for position, packed in self.kept:
+            self._send(position, packed).wait()
+
+
+class Slow:
+    """Sends in its turn what a rank sends, now and then late by far more than a layer takes."""
+
+    def __init__(self, group, rng):
+        self._send, self._rng = group.send_weights, rng
+        self._thread = ThreadPoolExecutor(1)
+        group.send_weights = self.send
+
+    def send(self, position, packed):
+        sent = self._thread.submit(self._after, self._rng.choice([0, 0.3], p=[0.9, 0.1]), position, packed)
+        return SimpleNamespace(wait=lambda: sent.result(60))
+
+    def _after(self, seconds, position, packed):
+        with torch.inference_mode():
+            time.sleep(seconds)
             self._send(position, packed).wait()
 
 
@@ -141,10 +161,12 @@ def any_of_them_late(group):
     table = placement.replicated([50, 3, 9, 1, 0, 30, 2], group.size, placement.slots_needed(EXPERTS, group.size) + 1)
     steps = Steps(group, table, slots=3, layers=2, rates=rates, node_P=[0, 0, 1])
     steps.balancer.patience = SimpleNamespace(wait_ns=lambda over_ns: [0, LONG_NS][own.integers(2)], came=abs)
+    Slow(group, np.random.default_rng([8, group.position]))
     for _ in range(80):
         index = int(rng.integers(2))
         steps.run(random_plan(rng) if rng.integers(5) else None, index)
     figures = dataclasses.asdict(steps.balancer.figures) | {"plan_ns": 0}
+    del group.send_weights
     return steps.wrong, figures, steps.held, [plan.digest for plan in steps.plans]
 
 
