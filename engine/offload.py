@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,9 @@ from ..scheduler.residency.slots import Budget, Policy
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
 from .expert_files import AlignedBuffer, ExpertFiles
-from .store import READ_TIMEOUT_S, ExpertStore, StoreSize, Visit, share_out
+from .readers import Priority, Read, Readers
+from .store import ExpertStore, Visit
+from .store_size import StoreSize, share_out
 
 if TYPE_CHECKING:
     from .experts import ExpertPool
@@ -85,29 +87,35 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint) -> OffloadPlan | No
 
 
 class CheckpointSource:
-    """Experts from the checkpoint's own files, past the page cache where that is possible; `buffers` reads at a time,
-    each through memory of its own.
-    """
+    """Experts from the checkpoint's own files, past the page cache where that is possible, the most urgent first."""
 
-    def __init__(self, files: ExpertFiles, pools: Sequence[ExpertPool], buffers: int) -> None:
+    def __init__(self, files: ExpertFiles, pools: Sequence[ExpertPool], size: StoreSize) -> None:
         self._files = files
         self._pools = pools
-        self._buffers: SimpleQueue[AlignedBuffer] = SimpleQueue()
-        for _ in range(buffers):
-            self._buffers.put(AlignedBuffer(files.buffer_bytes))
+        buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
+        self._readers = Readers(files, buffers, threads=size.readers)
+        self._nbytes_LE = [
+            [sum(extent.nbytes for extent in files.extents(layer, expert)) for expert in range(experts)]
+            for layer, experts in enumerate(files.num_experts_L)
+        ]
 
-    def read_into(self, layer: int, expert: int, place: int) -> int:
-        """As `store.Source` says."""
-        buffer = self._buffers.get(timeout=READ_TIMEOUT_S)  # there are as many as threads
-        try:
-            for _ in self._files.steps(layer, expert, buffer):
-                pass
-            self._files.copy(layer, expert, buffer, self._pools[layer].views(place))
-        finally:
-            self._buffers.put(buffer)
-        return sum(extent.nbytes for extent in self._files.extents(layer, expert))
+    def fetch(self, layer: int, expert: int, place: int, priority: Priority) -> Read:
+        """As `store.Source` says, and so are the others."""
+        return self._readers.submit(layer, expert, self._pools[layer].views(place), priority)
 
-    def close(self) -> None:
+    def promote(self, read: Future[Any], priority: Priority) -> None:
+        assert isinstance(read, Read)
+        self._readers.promote(read, priority)
+
+    def abandon(self, read: Future[Any]) -> None:
+        assert isinstance(read, Read)
+        self._readers.abandon(read)
+
+    def nbytes(self, layer: int, expert: int) -> int:
+        return self._nbytes_LE[layer][expert]
+
+    def close(self, timeout_s: float) -> None:
+        self._readers.close(timeout_s)
         self._files.close()
 
 
@@ -119,7 +127,7 @@ class Offload:
         pools = [layer.pool for layer in layers]
         files = ExpertFiles([pool.reader for pool in pools])
         files.drop_cached_pages()
-        self.source = CheckpointSource(files, pools, plan.size.readers)
+        self.source = CheckpointSource(files, pools, plan.size)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, layer, number)
@@ -129,9 +137,8 @@ class Offload:
         self.store.forget(self.plan.policy())
 
     def close(self) -> None:
-        """Ends reading. What is on its way is waited for, within `READ_TIMEOUT_S`."""
-        if self.store.close():
-            self.source.close()
+        """Ends reading. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
+        self.store.close()
 
     def figures(self) -> dict[str, int]:
         """The fields of `Stats` that are about the store."""
