@@ -30,7 +30,7 @@ class Rows:
 
 
 class Predictor:
-    """One that knows nothing. Told how a step goes, in the order of these methods; asked at any time between. One thread.
+    """One that knows nothing. Told how a step goes, in the order of these methods, asked at any time. One thread.
 
     It may know nothing of some layers or of the future (None). What it says changes no result, so it may be wrong; it
     must not raise for any tokens or routing.
