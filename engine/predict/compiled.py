@@ -1,0 +1,144 @@
+"""The compiled loops of live predictions: a layer's routing into the sums that next use is predicted from.
+
+S: sequences that are followed, R: those of the step, T: tokens, L: layers, E: experts of a layer, K: experts per token,
+N: L * E, H: half-lives, F: features per expert (2 * H).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Array = npt.NDArray[Any]
+
+REACH = 1024
+"""Tokens of a chunk that still count in the rates: what is before them weighs less than 2 ** -15 at any half-life."""
+
+
+@njit(cache=True)
+def route(
+    layer: int,
+    ids_TK: Array,
+    rank_K: Array,
+    row_R3: Array,
+    now_NN: Array,
+    rank_NN: Array,
+    before_NN: Array,
+    part_SLN: Array,
+    before_SN: Array,
+    coming_SN: Array,
+    last_SLE: Array,
+    decayed_SLHE: Array,
+    decay_H: Array,
+) -> None:
+    """What the step's tokens chose in a layer, into what is kept of their sequences.
+
+    Args:
+        rank_K: the weight of each place in the router's order.
+        row_R3: of each sequence its number, and the first and the end of its rows of `ids_TK`.
+        part_SLN: what the last token's experts of each layer say of all experts; replaced for this layer.
+        before_SN: what the token before the last says of all experts.
+        coming_SN: what the last token will say as the one before the last; grows layer by layer.
+        last_SLE: the last token's experts in the router's order, then -1; replaced for this layer.
+        decayed_SLHE: uses, each of which counts half after a half-life; brought up to date for this layer.
+    """
+    experts, size = last_SLE.shape[2], now_NN.shape[0]
+    for r in range(len(row_R3)):
+        s, first, end = row_R3[r]
+        part_N, before_N, coming_N = part_SLN[s, layer], before_SN[s], coming_SN[s]
+        if end - first > 1:  # the token before the last is one of the step's, too
+            for k in range(experts):
+                if last_SLE[s, layer, k] >= 0:
+                    at = layer * experts + last_SLE[s, layer, k]
+                    for n in range(size):
+                        before_N[n] -= before_NN[at, n]
+            for k in range(ids_TK.shape[1]):
+                expert = ids_TK[end - 2, k]
+                if 0 <= expert < experts:
+                    at = layer * experts + expert
+                    for n in range(size):
+                        before_N[n] += before_NN[at, n]
+        part_N[:] = 0
+        last_SLE[s, layer] = -1
+        for k in range(min(experts, ids_TK.shape[1])):
+            expert = ids_TK[end - 1, k]
+            if 0 <= expert < experts:
+                last_SLE[s, layer, k] = expert
+                at, weight = layer * experts + expert, rank_K[k]
+                for n in range(size):
+                    part_N[n] += now_NN[at, n] + weight * rank_NN[at, n]
+                    coming_N[n] += before_NN[at, n]
+        for h in range(len(decay_H)):
+            decayed_E = decayed_SLHE[s, layer, h]
+            decay = decay_H[h]
+            faded = decay ** (end - first)
+            for e in range(experts):
+                # A number so small that the processor takes long for it would never get smaller by rounding
+                decayed_E[e] = decayed_E[e] * faded if decayed_E[e] > 1e-20 else 0.0
+            weight = 1.0
+            for t in range(end - 1, max(first, end - REACH) - 1, -1):
+                for k in range(ids_TK.shape[1]):
+                    if 0 <= ids_TK[t, k] < experts:
+                        decayed_E[ids_TK[t, k]] += weight
+                weight *= decay
+
+
+@njit(cache=True, fastmath=True)
+def score_layer(
+    layer: int,
+    row_R3: Array,
+    prior: float,
+    prior_tokens: float,
+    tokens_SH: Array,
+    decayed_SLHE: Array,
+    own_LFE: Array,
+    bias_LE: Array,
+    part_SLN: Array,
+    before_SN: Array,
+    own_SLE: Array,
+    scores_SLE: Array,
+    total_LE: Array,
+) -> None:
+    """A layer's scores of all sequences of the step, and their sum: its own rates are exact, other layers' parts are
+    those of the last token that is known there.
+    """
+    halves, experts = decayed_SLHE.shape[2:]
+    layers = part_SLN.shape[1]
+    low, high = layer * experts, (layer + 1) * experts
+    total_LE[layer] = 0
+    for r in range(len(row_R3)):
+        s = row_R3[r, 0]
+        own_E, score_E = own_SLE[s, layer], scores_SLE[s, layer]
+        own_E[:] = bias_LE[layer]
+        for h in range(halves):
+            over = np.float32(1.0 / (tokens_SH[s, h] + prior_tokens))
+            for e in range(experts):
+                rate = (decayed_SLHE[s, layer, h, e] + np.float32(prior)) * over
+                root = np.sqrt(rate)
+                root_E, rate_E = own_LFE[layer, h * experts + e], own_LFE[layer, (halves + h) * experts + e]
+                for to in range(experts):
+                    own_E[to] += root * root_E[to] + rate * rate_E[to]
+        score_E[:] = own_E + before_SN[s, low:high]
+        for other in range(layers):
+            score_E += part_SLN[s, other, low:high]
+        total_LE[layer] += score_E
+
+
+@njit(cache=True)
+def score_all(
+    row_R3: Array, part_SLN: Array, before_SN: Array, own_SLE: Array, scores_SLE: Array, total_LE: Array
+) -> None:
+    """All layers' scores when all of the step is known, and their sum over its sequences."""
+    layers, experts = total_LE.shape
+    total_LE[:] = 0
+    for r in range(len(row_R3)):
+        s = row_R3[r, 0]
+        scores_N = scores_SLE[s].reshape(layers * experts)
+        scores_N[:] = before_SN[s]
+        for layer in range(layers):
+            scores_N += part_SLN[s, layer]
+        scores_SLE[s] += own_SLE[s]
+        total_LE += scores_SLE[s]

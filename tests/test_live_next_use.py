@@ -1,0 +1,239 @@
+"""Next use within the step: after it as the fitted model says in bulk, within it against a plain slow computation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeyard.engine.next_use import NextUse
+from moeyard.engine.predict import compiled
+from moeyard.engine.predict.base import Rows
+from moeyard.engine.predict.next_use import LiveNextUse
+from moeyard.engine.routing_history import FEATURES, rank_weights
+
+LAYERS, EXPERTS, TOP_K = 3, 7, 2
+SIZE = LAYERS * EXPERTS
+
+
+@pytest.fixture(scope="module")
+def model() -> NextUse:
+    """Any weights will do."""
+    rng = np.random.default_rng(0)
+
+    def some(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return NextUse(
+        now_NN=some(SIZE, SIZE),
+        rank_NN=some(SIZE, SIZE),
+        before_NN=some(SIZE, SIZE),
+        own_LFE=some(LAYERS, FEATURES * EXPERTS, EXPERTS),
+        bias_LE=some(LAYERS, EXPERTS),
+        even=TOP_K / EXPERTS,
+        half_life=3.0,
+    )
+
+
+def tokens(seed: int, count: int) -> np.ndarray:
+    """[count, L, K] different experts, here and there none."""
+    rng = np.random.default_rng(seed)
+    topk = np.array([[rng.permutation(EXPERTS)[:TOP_K] for _ in range(LAYERS)] for _ in range(count)])
+    return np.where(rng.random(topk.shape) < 0.05, -1, topk)
+
+
+def rows(**counts: tuple[int, int]) -> list[Rows]:
+    """Rows one after the other; of each sequence its start and its number of tokens."""
+    found, first = [], 0
+    for request, (start, count) in counts.items():
+        found.append(Rows(request_id=request, first=first, token_ids=[0] * count, start=start))
+        first += count
+    return found
+
+
+def run(live: LiveNextUse, step: list[Rows], ids_TLK: np.ndarray) -> None:
+    live.begin_step(step)
+    for layer in range(LAYERS):
+        live.routed(layer, ids_TLK[:, layer])
+    live.end_step()
+
+
+def settled(model: NextUse, topk: np.ndarray) -> np.ndarray:
+    """[L, E] after the last of these tokens of one sequence."""
+    if not len(topk):
+        return np.zeros((LAYERS, EXPERTS))
+    return model.scores(topk, np.array([0]))[-1]
+
+
+def row_in_step(model: NextUse, past: np.ndarray, now: np.ndarray, layer: int) -> np.ndarray:
+    """[E] of `layer`, at the moment when it is routed: from features written down one by one."""
+    everything = np.concatenate([past, now])
+    history = model.history()
+    for ids_LK in everything:
+        history.observe(ids_LK)
+    found = model.bias_LE[layer] + history.features(model.even)[layer] @ model.own_LFE[layer]
+    columns = slice(layer * EXPERTS, (layer + 1) * EXPERTS)
+    for other in range(LAYERS):
+        last, previous = (everything[-1:], everything[-2:-1]) if other <= layer else (past[-1:], past[-1:])
+        for weight, expert in zip(rank_weights(TOP_K), last[0, other] if len(last) else [], strict=False):
+            if expert >= 0:
+                at = other * EXPERTS + expert
+                found = found + model.now_NN[at, columns] + weight * model.rank_NN[at, columns]
+        for expert in previous[0, other] if len(previous) else []:
+            if expert >= 0:
+                found = found + model.before_NN[other * EXPERTS + expert, columns]
+    return found
+
+
+def close(found: np.ndarray | None, want: np.ndarray, atol: float = 1e-4) -> None:
+    assert found is not None
+    np.testing.assert_allclose(found, want, atol=atol, rtol=1e-5)
+
+
+def test_after_the_step_it_is_the_models_score(model: NextUse) -> None:
+    live, topk = LiveNextUse(model), tokens(1, 90)
+    scores = model.scores(topk, np.array([0, 40]))
+    for t, ids_LK in enumerate(topk):
+        start = t if t < 40 else t - 40
+        run(live, rows(a=(start, 1)), ids_LK[None])
+        close(live.future(), scores[t])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_within_the_step_what_is_not_known_yet_is_as_it_was(model: NextUse, chunk: int) -> None:
+    live, topk = LiveNextUse(model), tokens(2, 20)
+    for start in range(0, 20, chunk):
+        past, now = topk[:start], topk[start : start + chunk]
+        live.begin_step(rows(a=(start, chunk)))
+        want = settled(model, past)
+        close(live.future(), want)
+        for layer in range(LAYERS):
+            live.routed(layer, now[:, layer])
+            want = want.copy()
+            want[layer] = row_in_step(model, past, now, layer)
+            close(live.future(), want)
+        live.end_step()
+        close(live.future(), settled(model, topk[: start + chunk]))
+
+
+def test_chunks_are_tokens_one_by_one(model: NextUse) -> None:
+    topk = tokens(3, 40)
+    for cuts in ([40], [1, 39], [17, 1, 20, 2]):
+        live, start = LiveNextUse(model), 0
+        for count in cuts:
+            run(live, rows(a=(start, count)), topk[start : start + count])
+            start += count
+        close(live.future(), settled(model, topk))
+
+
+def test_of_a_long_chunk_the_end_counts(model: NextUse) -> None:
+    topk = tokens(4, compiled.REACH + 300)
+    live = LiveNextUse(model)
+    run(live, rows(a=(0, len(topk))), topk)
+    close(live.future(), settled(model, topk), atol=1e-3)
+
+
+def test_a_batch_is_the_sum_of_its_sequences(model: NextUse) -> None:
+    """Which come, go, and are chunks and single tokens in one step."""
+    live = LiveNextUse(model, sequences=4)
+    topk = {name: tokens(seed, 30) for seed, name in enumerate("abcdef")}
+    plan = [
+        {"a": (0, 7)},
+        {"a": (7, 1), "b": (0, 1), "c": (0, 4)},
+        {"b": (1, 1), "a": (8, 1), "c": (4, 1)},
+        {"c": (5, 1), "d": (0, 2), "a": (9, 1)},
+        {"d": (2, 1), "e": (0, 3), "f": (0, 1)},  # e or f takes the place of b, which waits longest
+        {"d": (3, 1), "e": (3, 1), "f": (1, 1)},
+    ]
+    for step in plan:
+        live.begin_step(rows(**step))
+        ids_TLK = np.concatenate([topk[name][start : start + count] for name, (start, count) in step.items()])
+        want = np.sum([settled(model, topk[name][:start]) for name, (start, _) in step.items()], axis=0)
+        close(live.future(), want)
+        for layer in range(LAYERS):
+            live.routed(layer, ids_TLK[:, layer])
+            want[layer] = 0
+            for name, (start, count) in step.items():
+                want[layer] += row_in_step(model, topk[name][:start], topk[name][start : start + count], layer)
+            close(live.future(), want)
+        live.end_step()
+        after = [settled(model, topk[name][: start + count]) for name, (start, count) in step.items()]
+        close(live.future(), np.sum(after, axis=0))
+    live.forget("d")
+    close(live.future(), settled(model, topk["e"][:4]) + settled(model, topk["f"][:2]))
+    live.forget("never seen")
+
+
+def test_a_sequence_that_goes_back_begins_anew(model: NextUse) -> None:
+    live, topk = LiveNextUse(model), tokens(5, 30)
+    run(live, rows(a=(0, 12)), topk[:12])
+    run(live, rows(a=(12, 1)), topk[12:13])
+    run(live, rows(a=(0, 13)), topk[13:26])  # preempted, computed again
+    close(live.future(), settled(model, topk[13:26]))
+    run(live, rows(a=(5, 2)), topk[:2])  # preempted, and some of it was found in the prefix cache
+    close(live.future(), settled(model, topk[:2]))
+    live.forget("a")
+    assert live.future() is None
+    run(live, rows(a=(7, 1)), topk[2:3])
+    close(live.future(), settled(model, topk[2:3]))
+
+
+def test_no_more_than_the_first_sequences_are_followed(model: NextUse) -> None:
+    live, topk = LiveNextUse(model, sequences=2), tokens(6, 12).reshape(3, 4, LAYERS, TOP_K)
+    for t in range(4):
+        run(live, rows(a=(t, 1), b=(t, 1), c=(t, 1)), topk[:, t])
+    close(live.future(), settled(model, topk[0]) + settled(model, topk[1]))
+    with pytest.raises(ValueError, match="sequences is 0"):
+        LiveNextUse(model, sequences=0)
+
+
+def test_layers_without_a_router_chose_nothing(model: NextUse) -> None:
+    live, topk = LiveNextUse(model), tokens(7, 6)
+    for t, ids_LK in enumerate(topk):
+        live.begin_step(rows(a=(t, 1)))
+        live.routed(0, ids_LK[None, 0])
+        live.routed(2, ids_LK[None, 2])
+        live.end_step()
+    topk[:, 1] = -1
+    close(live.future(), settled(model, topk))
+
+
+some_rows = st.lists(
+    st.tuples(st.sampled_from("abcd"), st.integers(0, 6), st.integers(0, 5), st.integers(0, 9)), max_size=5
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            some_rows,
+            st.lists(st.integers(-1, LAYERS + 1), max_size=4),
+            st.integers(0, 12),
+            st.integers(0, EXPERTS + 2),
+            st.booleans(),
+            st.sampled_from(["", "a", "x"]),
+        ),
+        max_size=6,
+    ),
+    st.integers(0, 99),
+)
+def test_it_never_raises(model: NextUse, steps: list, seed: int) -> None:
+    """Unordered layers, too few rows, more experts than there are, steps that do not end."""
+    rng = np.random.default_rng(seed)
+    live = LiveNextUse(model, sequences=3)
+    for step, layers, tokens, top_k, ends, forgotten in steps:
+        live.begin_step(
+            [
+                Rows(request_id=name, first=first, token_ids=[0] * count, start=start)
+                for name, first, count, start in step
+            ]
+        )
+        for layer in layers:
+            live.routed(layer, rng.integers(-2, EXPERTS + 3, size=(tokens, top_k)))
+        if ends:
+            live.end_step()
+        live.forget(forgotten)
+        future = live.future()
+        assert future is None or (future.shape == (LAYERS, EXPERTS) and np.isfinite(future).all())
