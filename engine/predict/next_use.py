@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..next_token import POINTS
 from ..next_use import NextUse
 from ..routing_history import PRIOR_TOKENS, RATE_HALF_LIVES, rank_weights
 from .base import Array, Floats, Predictor, Rows
-from .compiled import route, score_all, score_layer
+from .compiled import chances, route, score_all, score_layer
 
 SEQUENCES = 32
 """That are followed at most. Each has L * L * E numbers, and a step's time grows with those it follows."""
@@ -26,6 +27,9 @@ class LiveNextUse(Predictor):
     the rates of its own layer and in all that layers up to it say; for the layers after it stand the experts of the
     last token that is known there. After the step all rows are exact: `NextUse.scores`, summed over the sequences of
     the step. Rows of a chunk count like tokens one by one.
+
+    With a model that has a `next_token` it also knows how probable the step's experts are, from the scores after the
+    token before and from the layers that the token has been through.
 
     Args:
         model: fitted on the model's routing.
@@ -56,11 +60,15 @@ class LiveNextUse(Predictor):
         self._scores_SLE = np.zeros_like(self._own_SLE)
         self._total_LE = np.zeros((layers, experts), dtype=np.float32)
         self._row_R3 = np.zeros((0, 3), dtype=np.int64)
+        self._new_R = np.zeros(0, dtype=bool)
+        """Of them those without a token before the step."""
         self._end = 0
         """Of the rows of `ids_TK` that are looked at."""
         self._rank_K = rank_weights(1)
         self._waiting: set[int] = set()
         """Layers of the running step that have not been routed."""
+        self._routed = -1
+        """The last layer of the step that has been, -1 before."""
 
     def begin_step(self, rows: Sequence[Rows]) -> None:
         if self._waiting:
@@ -68,12 +76,14 @@ class LiveNextUse(Predictor):
         here = [row for row in rows if len(row.token_ids)]
         here = list({row.request_id: row for row in reversed(here)}.values())[::-1][: len(self._length_S)]
         now = {row.request_id for row in here}
-        found = []
+        found, new = [], []
         for row in here:
-            place = self._seat(row, now)
+            place, goes_on = self._seat(row, now)
+            new.append(not goes_on)
             self._length_S[place] = row.start + len(row.token_ids)
             found.append((place, row.first, row.first + len(row.token_ids)))
         self._row_R3 = np.array(found, dtype=np.int64).reshape(-1, 3)
+        self._new_R = np.array(new, dtype=bool)
         self._end = max((end for _, _, end in found), default=0)
         place_R, tokens_R1 = self._row_R3[:, 0], (self._row_R3[:, 2] - self._row_R3[:, 1])[:, None]
         faded_RH = self._decay_H**tokens_R1
@@ -82,11 +92,13 @@ class LiveNextUse(Predictor):
         self._coming_SN[place_R] = 0
         self._total_LE[:] = self._scores_SLE[place_R].sum(0)
         self._waiting = set(range(self.model.layers))
+        self._routed = -1
 
     def routed(self, layer: int, ids_TK: Array) -> None:
         if layer not in self._waiting:
             return
         self._waiting.remove(layer)
+        self._routed = layer
         if len(self._row_R3):
             self._route(layer, ids_TK)
 
@@ -141,15 +153,41 @@ class LiveNextUse(Predictor):
         if place is None:
             return
         self._free.append(place)
-        self._row_R3 = self._row_R3[self._row_R3[:, 0] != place]
+        stays_R = self._row_R3[:, 0] != place
+        self._row_R3, self._new_R = self._row_R3[stays_R], self._new_R[stays_R]
         self._total_LE[:] = self._scores_SLE[self._row_R3[:, 0]].sum(0)
 
     def future(self) -> Floats | None:
         """None while no sequence is followed."""
         return self._total_LE.copy() if len(self._row_R3) else None
 
-    def _seat(self, row: Rows, now: set[str]) -> int:
-        """Where the sequence is kept: as it was, or empty where it begins or goes back."""
+    def upcoming(self, layer: int) -> Floats | None:
+        """None for a layer that has been routed, while no sequence is followed, and without a `next_token`."""
+        found = self.model.next_token
+        if found is None or layer not in self._waiting or not len(self._row_R3):
+            return None
+        ahead = layer - self._routed
+        if self._routed < 0 or not 0 < ahead <= found.depth:
+            ahead = 0
+        near, far = (layer - ahead, layer - ahead - 1) if ahead else (layer, -1)
+        return chances(
+            layer,
+            near,
+            far,
+            self._row_R3,
+            self._new_R,
+            self._rank_K,
+            found.mean_LE[layer],
+            self._scores_SLE,
+            self._last_SLE,
+            found.weight_DLFE[ahead, layer],
+            found.bias_DLE[ahead, layer],
+            POINTS,
+            found.chance_DB[ahead],
+        )
+
+    def _seat(self, row: Rows, now: set[str]) -> tuple[int, bool]:
+        """Where the sequence is kept, and whether it goes on: one that begins or goes back has nothing there."""
         place = self._place.pop(row.request_id, None)
         goes_on = place is not None and 0 < self._length_S[place] <= row.start
         if place is None:
@@ -168,4 +206,4 @@ class LiveNextUse(Predictor):
             ):
                 kept[place] = 0
             self._last_SLE[place] = -1
-        return place
+        return place, goes_on
