@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moeyard.engine.next_token import NextToken
 from moeyard.engine.next_use import NextUse
-from moeyard.engine.predict import compiled
+from moeyard.engine.predict import counting
 from moeyard.engine.predict.base import Rows
 from moeyard.engine.predict.next_use import LiveNextUse
 from moeyard.engine.routing_history import FEATURES, rank_weights
@@ -150,7 +150,7 @@ def test_chunks_are_tokens_one_by_one(model: NextUse) -> None:
 
 
 def test_of_a_long_chunk_the_end_counts(model: NextUse) -> None:
-    topk = tokens(4, compiled.REACH + 300)
+    topk = tokens(4, counting.REACH + 300)
     live = LiveNextUse(model)
     run(live, rows(a=(0, len(topk))), topk)
     close(live.future(), settled(model, topk), atol=1e-3)

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-Array = npt.NDArray[Any]
+from .counting import count_uses
 
-REACH = 1024
-"""Tokens of a chunk that still count in the rates: what is before them weighs less than 2 ** -15 at any half-life."""
+Array = npt.NDArray[Any]
 
 
 @njit(cache=True)
@@ -71,19 +70,7 @@ def route(
                 for n in range(size):
                     part_N[n] += now_NN[at, n] + weight * rank_NN[at, n]
                     coming_N[n] += before_NN[at, n]
-        for h in range(len(decay_H)):
-            decayed_E = decayed_SLHE[s, layer, h]
-            decay = decay_H[h]
-            faded = decay ** (end - first)
-            for e in range(experts):
-                # A number so small that the processor takes long for it would never get smaller by rounding
-                decayed_E[e] = decayed_E[e] * faded if decayed_E[e] > 1e-20 else 0.0
-            weight = 1.0
-            for t in range(end - 1, max(first, end - REACH) - 1, -1):
-                for k in range(ids_TK.shape[1]):
-                    if 0 <= ids_TK[t, k] < experts:
-                        decayed_E[ids_TK[t, k]] += weight
-                weight *= decay
+        count_uses(ids_TK, first, end, decayed_SLHE[s, layer], decay_H)
 
 
 @njit(cache=True, fastmath=True)
