@@ -17,7 +17,8 @@ from torch import nn
 class ForcedRouting:
     """Replaces the ids of every router of a model that returns (logits [T, E], weights [T, K], ids [T, K]).
 
-    The weights are the router's own probabilities of the forced experts, made to sum to one. Calls are those of one
+    The weights are the router's own probabilities of the forced experts, made to sum to one, the largest for the first
+    expert of the trace's order, which is that of its router's weights. Calls are those of one
     prefill of equal prompts, request after request, and then of steps of one token per request in the same order.
     """
 
@@ -47,5 +48,5 @@ class ForcedRouting:
         ids_TK = self._topk_NLK[rows, layer].to(ids_TK.device)
         if layer == self._topk_NLK.shape[1] - 1:
             self._done += tokens
-        weights = logits_TE.float().softmax(-1).gather(1, ids_TK)
+        weights = logits_TE.float().softmax(-1).gather(1, ids_TK).sort(dim=-1, descending=True).values
         return logits_TE, (weights / weights.sum(-1, keepdim=True)).to(weights_TK.dtype), ids_TK

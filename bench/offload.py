@@ -1,8 +1,9 @@
 """`moeyard bench offload`: a model whose experts do not fit in memory, read from its checkpoint as they are needed.
 
-Sides take turns, each in its own process: our engine with all experts in memory, with a share of them and its default
-policy, the same with least-recently-used residency and every miss admitted, and transformers with accelerate's offload
-to disk. Routing can follow a recorded trace: random weights have no locality.
+Sides take turns, each in its own process: our engine with all experts in memory; with a share of them; the same without
+predictions, and with least-recently-used residency and every miss admitted; and transformers with accelerate's offload
+to disk. Routing can follow a recorded trace: random weights have no locality. With `--fit` a predictor of next use is
+fitted first, on other domains of the trace than those that run.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..engine.checkpoint import Checkpoint
 from ..engine.config import EngineConfig, format_size
+from ..engine.next_use import NextUse
 from .disk_rate import disk_rate
 from .report import emit, spread, table
 from .shapes import add_shape_options, resolve_model
 from .sides import Workload
-from .token_trace import TokenTrace, read_token_trace
+from .token_trace import TokenTrace, read_token_trace, split_domains, write_token_trace
 from .turns import Side, child_environment, make_prompts, take_turn
 
 TIMEOUT_S = 900.0
@@ -35,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint directory (default: one made here)")
     parser.add_argument(
         "--routing", metavar="trace:FILE", help="experts by a recorded trace (default: the router's own)"
+    )
+    parser.add_argument(
+        "--fit",
+        metavar="DOMAINS",
+        help="fit a predictor of next use on these domains of the trace (names or patterns, commas between), run the"
+        " others",
     )
     parser.add_argument("--resident", default="25", metavar="PERCENT", help="experts in memory (default: 25)")
     parser.add_argument("--small", default="6.3", metavar="PERCENT", help="and a smaller share (default: 6.3)")
@@ -73,12 +83,20 @@ def run(args: argparse.Namespace) -> int:
     if shares[0] == shares[1]:
         raise ValueError(f"--small is {args.small}, the same as --resident; give another share")
     trace = _trace(args.routing)
+    fitted, scored = None, trace
+    if args.fit is not None:
+        if trace is None:
+            raise ValueError("--fit is of use with --routing trace:FILE; add it, or leave --fit out")
+        names = split_domains(trace, args.fit, None)
+        fitted, scored = (trace.of(chosen) for chosen in names)
     if not args.model:
         for name, value in SHAPE.items():
             if not hasattr(args, name):
                 setattr(args, name, value)
-    bench = Bench(args, resolve_model(args), trace, shares)
+    bench = Bench(args, resolve_model(args), scored, shares)
     with bench.sides:
+        if fitted is not None:
+            bench.fit(fitted)
         bench.run()
     return 0
 
@@ -114,17 +132,33 @@ class Bench:
         self.shares = list(shares)
         self.sides = ExitStack()
         self.samples: dict[str, Any] = {}
+        self.predictor: str | None = None
+        self.routing: str | None = None
+        if trace is not None:
+            self.folder = self.sides.enter_context(tempfile.TemporaryDirectory(prefix="moeyard-offload-"))
+            self.routing = f"{self.folder}/routing.npz"
+            write_token_trace(self.routing, trace)
         config = AutoConfig.from_pretrained(model)
-        self.vocab, self.layers = config.vocab_size, config.num_hidden_layers
+        self.vocab, self.layers, self.experts = config.vocab_size, config.num_hidden_layers, config.num_experts
+
+    def fit(self, trace: TokenTrace) -> None:
+        """A predictor of next use, from routing that does not run."""
+        experts = max(trace.experts, self.experts)
+        with tqdm(total=2 * len(trace.topk_TLK), desc="fit", unit="token", disable=None, delay=2, leave=False) as bar:
+            digest = Checkpoint(Path(self.model)).fingerprint
+            model = NextUse.fit(trace.topk_TLK, trace.start_S, experts, digest=digest, progress=bar.update)
+        self.predictor = f"{self.folder}/next_use.npz"
+        model.save(self.predictor)
 
     def run(self) -> None:
         args, big, small = self.args, *self.shares
         ours = {
             "resident": {},
             "store, all resident": {"expert_memory": "100%"},
-            f"{big:g} %": {"expert_memory": f"{big:g}%"},
-            f"{big:g} %, LRU": {"expert_memory": f"{big:g}%", "residency": "lru"},
-            f"{small:g} %": {"expert_memory": f"{small:g}%"},
+            f"{big:g} %": {"expert_memory": f"{big:g}%", "predictor": self.predictor or "auto"},
+            f"{big:g} %, unpredicted": {"expert_memory": f"{big:g}%", "predictor": "none"},
+            f"{big:g} %, LRU": {"expert_memory": f"{big:g}%", "predictor": "none", "residency": "lru"},
+            f"{small:g} %": {"expert_memory": f"{small:g}%", "predictor": self.predictor or "auto"},
         }
         theirs = {f"accelerate, {share:g} %": share for share in self.shares} if args.accelerate_output else {}
         sides: dict[str, Side] = {}
@@ -140,7 +174,7 @@ class Bench:
         kind = "accelerate" if options is None else "ours"
         side = self.sides.enter_context(Side(kind, child_environment(args.threads, {}), "offload_sides"))
         config: dict[str, Any] = {"model": self.model, "threads": args.threads, "dtype": "bfloat16"}
-        routing = args.routing.partition(":")[2] if args.routing else None
+        routing = self.routing
         if options is None:
             assert share is not None
             folder = self.sides.enter_context(tempfile.TemporaryDirectory(prefix="moeyard-accelerate-"))
@@ -191,6 +225,7 @@ class Bench:
         for name in (*ours, *theirs):
             counted = [s["counters"] for s in self.samples[name]]
             steps = args.output - 1
+            ahead = statistics.median([c.get("expert_ahead_ready", 0) / steps for c in counted])
             misses = statistics.median([c.get("expert_misses", 0) / steps for c in counted])
             read = statistics.median([c.get("expert_read_bytes", 0) / steps for c in counted])
             if name in ours[2:]:
@@ -201,16 +236,26 @@ class Bench:
                     f"{args.requests / step[name]:.2f}",
                     f"{1e3 * step[name]:.0f}",
                     f"{misses:.1f}" if name in ours[1:] else "-",
+                    f"{ahead:.1f}" if name in ours[1:] else "-",
                     format_size(int(read)) if name in ours[1:] else "-",
                     f"{bound[name]:.0%}" if name in bound else "-",
                 ]
             )
-        header = ["experts in memory", "tokens/s", "ms per step", "misses per step", "read per step", "of the bound"]
+        header = [
+            "experts in memory",
+            "tokens/s",
+            "ms per step",
+            "misses per step",
+            "read ahead",
+            "read per step",
+            "of the bound",
+        ]
         print(table(header, rows))
         print(f"\none expert is {format_size(expert_bytes)}; the disk gives {format_size(int(rate))}/s with them\n")
         key_big, key_small = (f"{share:.0f}" for share in self.shares)
         figures = {
             f"vs_lru_{key_big}": self._ratio(f"{big}, LRU", big),
+            f"unpredicted_vs_lru_{key_big}": self._ratio(f"{big}, LRU", f"{big}, unpredicted"),
             f"bound_share_{key_big}": bound[big],
             f"bound_share_{key_small}": bound[small],
             "resident_overhead": self._ratio("store, all resident", "resident") - 1,

@@ -16,6 +16,11 @@ from .forced_routing import ForcedRouting
 from .sides import MoeyardSide, Workload, serve
 from .token_trace import read_token_trace
 
+COUNTERS = tuple(
+    f"expert_{name}"
+    for name in ("hits", "misses", "read_bytes", "ahead", "ahead_ready", "ahead_bytes", "ahead_used_bytes", "wait_ns")
+)
+
 
 class OffloadedSide(MoeyardSide):
     """Our engine, with a budget for experts or without."""
@@ -42,7 +47,7 @@ class OffloadedSide(MoeyardSide):
     def counters(self) -> dict[str, int]:
         """What the store counts."""
         stats = self._engine.stats(with_experts=False)
-        return {name: getattr(stats, name, 0) for name in ("expert_hits", "expert_misses", "expert_read_bytes")}
+        return {name: getattr(stats, name, 0) for name in COUNTERS}
 
 
 class AccelerateSide:

@@ -31,8 +31,9 @@ BALANCE = ("auto", "priced", "native", "eplb", "resplit", "llep", "moonep", "ult
 WITHOUT_GUESTS = ("native", "eplb", "resplit", "metro", "tempo")
 """Planners that move no weights."""
 
-RESIDENCY = ("default", "decayed", "lfru", "lfu", "lru")
-"""Policies that know the past (`scheduler.residency`); the first is by decayed frequency, too."""
+RESIDENCY = ("auto", "predicted", "default", "decayed", "lfru", "lfu", "lru")
+"""Policies (`scheduler.residency`). The first is the second where a predictor of next use is there, else the third; the
+third is by decayed frequency, too."""
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -102,7 +103,16 @@ class EngineConfig:
         metavar="SIZE",
     )
     residency: str = option(
-        "default", "which experts stay in --expert-memory: the policy that chooses them", choices=RESIDENCY
+        "auto",
+        "which experts stay in --expert-memory: the policy that chooses them; auto is predicted where a predictor was"
+        " trained, else default",
+        choices=RESIDENCY,
+    )
+    predictor: str = option(
+        "auto",
+        "what predicts the experts to come, with --expert-memory: auto (what was trained for this model, and what needs"
+        " no training), none, or the file of a predictor of next use",
+        metavar="FILE",
     )
     prefix_cache: bool = option(True, "share KV blocks between requests with a common prefix")
     generation_config: str = option(
@@ -229,11 +239,17 @@ class EngineConfig:
             parse_budget(self.expert_memory, 1, "expert_memory")
             if self.ep is not None and self.ep > 1:
                 self.check_several_ranks()
-        elif self.residency != EngineConfig.residency:
-            raise ValueError(
-                f"residency is {self.residency}, which changes nothing while all experts are in memory; leave it out,"
-                " or set --expert-memory"
-            )
+            if self.residency == "predicted" and self.predictor == "none":
+                raise ValueError(
+                    "residency is predicted and predictor is none; leave one of them out, or use --residency default"
+                )
+        for name in ("residency", "predictor"):
+            value = getattr(self, name)
+            if self.expert_memory is None and value != getattr(EngineConfig, name):
+                raise ValueError(
+                    f"{name} is {value}, which changes nothing while all experts are in memory; leave it out, or set"
+                    " --expert-memory"
+                )
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction is {self.memory_fraction}; it must be above 0 and at most 1")
         if self.kv_memory is not None:

@@ -49,6 +49,7 @@ from .offload import Offload, plan_offload
 from .overlap import find_overlap
 from .parallel import Parallel, Seat, balance_planner, check_alike, first_tables
 from .params import SamplingParams
+from .predict.base import Rows
 from .progress import Progress
 from .recorder import RoutingRecorder
 from .resolve import resolve_model
@@ -252,6 +253,8 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         self._scheduler.abort(request_id)
+        if self._offload is not None:
+            self._offload.forecast.forget(request_id)
 
     def step(self) -> list[TokenDelta]:
         """Computes one step; what each request gained, finished requests included.
@@ -413,25 +416,29 @@ class Engine:
     def _run(self, step: Step) -> torch.Tensor:
         """Logits [B, V] of the sequences that sample in this step."""
         spans = []
+        rows: list[Rows] = []
         samples = set(step.samples)
         for request_id, count in step.tokens.items():
             request = self._scheduler.get(request_id)
             start = request.computed
+            tokens = request.tokens[start : start + count]
+            first = rows[-1].first + len(rows[-1].token_ids) if rows else 0
+            rows.append(Rows(request_id=request_id, first=first, token_ids=tokens, start=start))
             spans.append(
                 Span(
-                    tokens=request.tokens[start : start + count],
+                    tokens=tokens,
                     start=start,
                     blocks=request.block_table,
                     samples=request_id in samples,
                 )
             )
-        return self._run_batch(make_batch(spans, self._cache.block_size, self.device))
+        return self._run_batch(make_batch(spans, self._cache.block_size, self.device), rows)
 
     @torch.inference_mode()
-    def _run_batch(self, batch: StepBatch) -> torch.Tensor:
+    def _run_batch(self, batch: StepBatch, rows: Sequence[Rows] = ()) -> torch.Tensor:
         self._attention.batch = batch
         if self._offload is not None:
-            self._offload.store.begin_step()
+            self._offload.begin_step(rows)
         out = self._model(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.positions_T[None],
@@ -439,12 +446,19 @@ class Engine:
             use_cache=False,
             logits_to_keep=batch.sample_rows,
         )
+        if self._offload is not None:
+            self._offload.forecast.end_step()
         return out.logits[0]
 
     def _fail(self, request_id: str, error: str) -> TokenDelta:
         """Ends a request whose tokens could not be computed."""
-        self._scheduler.finish(request_id)
+        self._finish(request_id)
         return TokenDelta(request_id=request_id, token_ids=[], finish_reason="error", error=error)
+
+    def _finish(self, request_id: str) -> None:
+        self._scheduler.finish(request_id)
+        if self._offload is not None:
+            self._offload.forecast.forget(request_id)
 
     def _advance(self, request: Request, result: Sampled) -> TokenDelta:
         life: _Life = request.payload
@@ -467,7 +481,7 @@ class Engine:
                 "prefill_s": now - life.started,
             }
         if sampler.finish_reason:
-            self._scheduler.finish(request.id)
+            self._finish(request.id)
         logprobs = None
         if result.logprob is not None:
             logprobs = [[result.logprob, [[token, value] for token, value in result.top or ()]]]

@@ -24,7 +24,7 @@ from .weights import ExpertReader
 BLOCK = 4096
 """Offsets, lengths and addresses of reads are multiples of this: what `O_DIRECT` asks for on today's disks, and a
 page of the cache elsewhere."""
-PIECE_BYTES = 2**22
+PIECE_BYTES = 2**20
 """Most bytes of one read. More urgent reads are let in between two of them, so a slow disk wants them short; a fast one
 wants them long enough that a call's own cost does not count."""
 _GRAIN = 2**15

@@ -324,6 +324,11 @@ class Stats:
     expert_read_bytes: int = 0
     expert_admitted_bytes: int = 0
     expert_resident_bytes: int = 0
+    expert_ahead: int = 0
+    expert_ahead_ready: int = 0
+    expert_ahead_bytes: int = 0
+    expert_ahead_used_bytes: int = 0
+    expert_wait_ns: int = 0
     attention_ns: int = 0
     plan_ns: int = 0
     dispatch_ns: int = 0

@@ -11,19 +11,24 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..kernels.expert_loop import expert_loop
-from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, default_policy
+from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedNow, default_policy
 from ..scheduler.residency.slots import Budget, Policy
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
-from .expert_files import AlignedBuffer, ExpertFiles
-from .store import READ_TIMEOUT_S, ExpertStore, StoreSize, Visit, share_out
+from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
+from .predict.base import Predictor, Rows
+from .predict.choose import predictors_for
+from .predict.forecast import Forecast
+from .readers import Priority, Read, Readers
+from .store import ExpertStore, Visit
+from .store_size import StoreSize, share_out
 
 if TYPE_CHECKING:
     from .experts import ExpertPool
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from .moe import MoELayer
 
 POLICIES: dict[str, Callable[[Budget], Policy]] = {
+    "predicted": PredictedNow,
     "default": default_policy,
     "decayed": DecayedFrequency,
     "lfru": LFRU,
@@ -48,6 +54,7 @@ class OffloadPlan:
     size: StoreSize
     budget: Budget
     residency: str
+    predictors: list[Predictor]
 
     def policy(self) -> Policy:
         return POLICIES[self.residency](self.budget)
@@ -81,33 +88,48 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint) -> OffloadPlan | No
     slots = min(size.slots, len(specs) * experts)
     floor = min(*(spec.top_k for spec in specs), slots // len(specs), experts)
     shared = Budget(layers=len(specs), experts=experts, slots=slots, floor=floor)
-    return OffloadPlan(size=size, budget=shared, residency=config.residency)
+    predictors = predictors_for(config.predictor, blueprint.weights.checkpoint.fingerprint, len(specs), experts)
+    residency = config.residency
+    if residency == "auto":
+        residency = "predicted" if predictors else "default"
+    elif residency == "predicted" and not predictors:
+        raise ValueError(
+            "residency is predicted, and no predictor was trained for this model; name one with --predictor FILE, or"
+            " use --residency default"
+        )
+    return OffloadPlan(size=size, budget=shared, residency=residency, predictors=predictors)
 
 
 class CheckpointSource:
-    """Experts from the checkpoint's own files, past the page cache where that is possible; `buffers` reads at a time,
-    each through memory of its own.
-    """
+    """Experts from the checkpoint's own files, past the page cache where that is possible, the most urgent first."""
 
-    def __init__(self, files: ExpertFiles, pools: Sequence[ExpertPool], buffers: int) -> None:
+    def __init__(self, files: ExpertFiles, pools: Sequence[ExpertPool], size: StoreSize) -> None:
         self._files = files
         self._pools = pools
-        self._buffers: SimpleQueue[AlignedBuffer] = SimpleQueue()
-        for _ in range(buffers):
-            self._buffers.put(AlignedBuffer(files.buffer_bytes))
+        buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
+        self._readers = Readers(files, buffers, threads=size.readers)
+        self._nbytes_LE = [
+            [sum(extent.nbytes for extent in files.extents(layer, expert)) for expert in range(experts)]
+            for layer, experts in enumerate(files.num_experts_L)
+        ]
 
-    def read_into(self, layer: int, expert: int, place: int) -> int:
-        """As `store.Source` says."""
-        buffer = self._buffers.get(timeout=READ_TIMEOUT_S)  # there are as many as threads
-        try:
-            for _ in self._files.steps(layer, expert, buffer):
-                pass
-            self._files.copy(layer, expert, buffer, self._pools[layer].views(place))
-        finally:
-            self._buffers.put(buffer)
-        return sum(extent.nbytes for extent in self._files.extents(layer, expert))
+    def fetch(self, layer: int, expert: int, place: int, priority: Priority) -> Read:
+        """As `store.Source` says, and so are the others."""
+        return self._readers.submit(layer, expert, self._pools[layer].views(place), priority)
 
-    def close(self) -> None:
+    def promote(self, read: Future[Any], priority: Priority) -> None:
+        assert isinstance(read, Read)
+        self._readers.promote(read, priority)
+
+    def abandon(self, read: Future[Any]) -> None:
+        assert isinstance(read, Read)
+        self._readers.abandon(read)
+
+    def nbytes(self, layer: int, expert: int) -> int:
+        return self._nbytes_LE[layer][expert]
+
+    def close(self, timeout_s: float) -> None:
+        self._readers.close(timeout_s)
         self._files.close()
 
 
@@ -119,19 +141,27 @@ class Offload:
         pools = [layer.pool for layer in layers]
         files = ExpertFiles([pool.reader for pool in pools])
         files.drop_cached_pages()
-        self.source = CheckpointSource(files, pools, plan.size.readers)
+        self.source = CheckpointSource(files, pools, plan.size)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
+        # A demand that finds the disk busy with a wrong guess waits for a piece; a right one saves an expert's reading.
+        least_chance = PIECE_BYTES / (PIECE_BYTES + plan.size.expert)
+        self.forecast = Forecast(plan.predictors, plan.budget.layers, plan.budget.experts, least_chance=least_chance)
         for number, layer in enumerate(layers):
-            layer.offloaded = OffloadedLayer(self.store, layer, number)
+            layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number)
+
+    def begin_step(self, rows: Sequence[Rows]) -> None:
+        """A step of the engine, with these sequences' tokens."""
+        self.store.begin_step()
+        self.forecast.begin_step(rows)
+        self.store.fetch_ahead(self.forecast.wants(-1))
 
     def forget(self) -> None:
         """Empties the store, as after the start."""
         self.store.forget(self.plan.policy())
 
     def close(self) -> None:
-        """Ends reading. What is on its way is waited for, within `READ_TIMEOUT_S`."""
-        if self.store.close():
-            self.source.close()
+        """Ends reading. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
+        self.store.close()
 
     def figures(self) -> dict[str, int]:
         """The fields of `Stats` that are about the store."""
@@ -142,14 +172,20 @@ class Offload:
             "expert_read_bytes": figures.read_bytes,
             "expert_admitted_bytes": figures.admitted_bytes,
             "expert_resident_bytes": figures.resident_bytes,
+            "expert_ahead": figures.ahead,
+            "expert_ahead_ready": figures.ahead_ready,
+            "expert_ahead_bytes": figures.ahead_bytes,
+            "expert_ahead_used_bytes": figures.ahead_used_bytes,
+            "expert_wait_ns": figures.waited_ns,
         }
 
 
 class OffloadedLayer:
     """A layer whose experts are in the store, MoE layer `number` of it."""
 
-    def __init__(self, store: ExpertStore, layer: MoELayer, number: int) -> None:
+    def __init__(self, store: ExpertStore, forecast: Forecast, layer: MoELayer, number: int) -> None:
         self._store = store
+        self._forecast = forecast
         self._layer = layer
         self._number = number
 
@@ -161,7 +197,10 @@ class OffloadedLayer:
         Raises ExpertUnreadable and ExpertLate.
         """
         layer, counts = self._layer, counts_E.tolist()
-        visit = self._store.visit(self._number, (expert for expert, count in enumerate(counts) if count))
+        self._forecast.routed(self._number, ids_TK, weights_TK)
+        used = [expert for expert, count in enumerate(counts) if count]
+        visit = self._store.visit(self._number, used, self._forecast.future())
+        self._store.fetch_ahead(self._forecast.wants(self._number))
         # Experts are numbered in the order in which they run, so that each group's rows follow each other.
         order_E = torch.full(counts_E.shape, -1)
         order_E[list(visit.experts)] = torch.arange(len(visit.experts))

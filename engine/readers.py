@@ -51,6 +51,7 @@ class Read(Future[Mapping[str, torch.Tensor]]):
         self.layer, self.expert, self.into, self.priority = layer, expert, into, priority
         self._number = number
         self._waits = True
+        self._unwanted = False
         self._buffer: AlignedBuffer | None = None  # from its first piece to its last
         self._steps: Iterator[None] | None = None
 
@@ -106,6 +107,21 @@ class Readers:
                 if read._waits and read in self._unfinished:
                     self._push(read)  # its old place in the queue is passed over
 
+    def abandon(self, read: Read) -> None:
+        """Ends a read that nobody wants any more: at once if it waits, else after the piece that is being read. It is
+        cancelled, or raises CancelledError.
+        """
+        with self._changed:
+            read._unwanted = True
+            if read.cancel() or read not in self._unfinished or not read._waits:
+                return
+            self._unfinished.remove(read)  # set aside after it had started; its place in the queue is passed over
+            assert read._buffer is not None
+            self._free.append(read._buffer)
+            read._buffer = None
+            self._changed.notify()
+        read.set_exception(CancelledError("readers: abandoned"))
+
     @property
     def waiting(self) -> int:
         """Reads that no thread is at."""
@@ -151,12 +167,13 @@ class Readers:
                 if read in self._unfinished:
                     self._unfinished.remove(read)
                     read.set_running_or_notify_cancel()
-            elif read._waits and read.priority == priority:
+            elif read in self._unfinished and read._waits and read.priority == priority:
                 return
             heapq.heappop(self._waiting)
 
     def _num_waiting(self) -> int:
-        return len({r for _, _, r in self._waiting if r._waits and not r.cancelled()})
+        left = {r for _, _, r in self._waiting if r._waits and not r.cancelled()}
+        return len(left & self._unfinished)
 
     def _work(self) -> None:
         while (read := self._next()) is not None:
@@ -212,8 +229,8 @@ class Readers:
     def _set_aside(self, read: Read) -> bool:
         """After each piece: whether this thread has something better to do."""
         with self._changed:
-            if self._closed:
-                raise CancelledError("readers: closed while reading")
+            if self._closed or read._unwanted:
+                raise CancelledError("readers: closed while reading" if self._closed else "readers: abandoned")
             self._tidy()
             if not self._waiting or self._waiting[0][0] >= read.priority:
                 return False

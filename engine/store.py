@@ -1,24 +1,25 @@
-"""The expert store: which of a rank's experts have a place in memory, and how the others get there from the checkpoint.
+"""The expert store: which of a rank's experts have a place in memory, and how the others get there.
 
-All layers share one set of places. A residency policy (`scheduler.residency`) decides which experts keep theirs; those
-that are missing are read by a few threads into places that are free, run there, and make room for the next ones. An
-admitted expert is read right into the place of the one that it drives out, so nothing is copied in memory.
+All layers share one set of places. A residency policy (`scheduler.residency`) decides which experts keep theirs. Every
+read goes to a free place; an admitted expert stays where it was read, and the place of the one that it drives out
+becomes free, so nothing is copied in memory. What is left free is for experts that pass through, and for those that are
+read ahead of the router's choice: these are the first to go when a place is needed.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..scheduler.residency.slots import Context, Place, Policy
-from .config import format_size
+from .readers import Priority
+from .store_size import StoreSize
 
-READS_IN_FLIGHT = 4
-"""Most reads at a time: each takes a place and a buffer from the budget."""
 READ_TIMEOUT_S = 60.0
 """How long a layer may wait for one expert."""
 
@@ -28,70 +29,51 @@ class ExpertLate(RuntimeError):
 
 
 class Source(Protocol):
-    """Where experts that have no place are: a checkpoint, or a stand-in for tests. Called from several threads."""
+    """Where experts that have no place are: a checkpoint, or a stand-in for tests."""
 
-    def read_into(self, layer: int, expert: int, place: int) -> int:
-        """Writes an expert of MoE layer `layer` into a place; the bytes that were read for it.
+    def fetch(self, layer: int, expert: int, place: int, priority: Priority) -> Future[Any]:
+        """Starts to write an expert of MoE layer `layer` into a place, whose contents are not used before the end.
 
-        What it raises, `expert_files.ExpertUnreadable`, ends the visit; the place's contents are not used then.
+        The read raises what ends the visit, `expert_files.ExpertUnreadable`.
         """
+        ...
+
+    def promote(self, read: Future[Any], priority: Priority) -> None:
+        """Makes a read more urgent."""
+        ...
+
+    def abandon(self, read: Future[Any]) -> None:
+        """Ends a read soon, if it has not ended: nobody wants it any more."""
+        ...
+
+    def nbytes(self, layer: int, expert: int) -> int:
+        """Bytes that are read for an expert."""
+        ...
+
+    def close(self, timeout_s: float) -> None:
+        """Raises TimeoutError for reads that did not end."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreSize:
-    """How a budget in bytes is shared out: `slots` places for experts that stay, `staging` for those that pass
-    through, and what `readers` reads need beside their places, `scratch` each.
-    """
+class Want:
+    """An expert that a layer to come will probably use: with what probability, and how urgent that is."""
 
+    layer: int
     expert: int
-    scratch: int
-    slots: int
-    staging: int
-    readers: int
-
-    @property
-    def places(self) -> int:
-        return self.slots + self.staging
-
-    @property
-    def reading(self) -> int:
-        """Bytes that reads take beside the places."""
-        return self.readers * self.scratch
-
-    @property
-    def nbytes(self) -> int:
-        return self.places * self.expert + self.reading
-
-
-def share_out(budget: int, expert: int, scratch: int) -> StoreSize:
-    """The division of `budget` bytes: as many reads in flight as half of it allows, the rest for experts that stay.
-
-    With n reads in flight n + 1 experts pass through: one is computed meanwhile. The least budget is one place and one
-    read. Raises ValueError for less.
-    """
-    least = expert + scratch
-    if budget < least:
-        raise ValueError(
-            f"expert_memory gives {format_size(budget)}, and one expert of {format_size(expert)} with"
-            f" {format_size(scratch)} to read it through needs {format_size(least)}; set --expert-memory to as much"
-        )
-    for readers in range(READS_IN_FLIGHT, 0, -1):
-        staging = readers + 1
-        if 2 * (staging * expert + readers * scratch) <= budget:
-            break
-    else:
-        readers = 1
-        staging = 2 if 3 * expert + scratch <= budget else 1
-    slots = (budget - readers * scratch) // expert - staging
-    return StoreSize(expert=expert, scratch=scratch, slots=slots, staging=staging, readers=readers)
+    chance: float
+    priority: Priority = Priority.NEXT_LAYER
+    by: str = ""
+    """Who says so."""
 
 
 @dataclass(kw_only=True)
 class StoreFigures:
     """Counts since the start, in experts and bytes; `resident_bytes` is now.
 
-    `read_bytes` were read from the checkpoint, `admitted_bytes` are of the experts that were given a slot thereby.
+    `read_bytes` were read from the checkpoint, `admitted_bytes` are of the experts that were given a slot thereby. Of
+    the misses, `ahead` had been asked for before the router chose, and `ahead_ready` of these were there by then.
+    `ahead_bytes` were read ahead, `ahead_used_bytes` of them for experts that were then used.
     """
 
     hits: int = 0
@@ -99,15 +81,22 @@ class StoreFigures:
     read_bytes: int = 0
     admitted_bytes: int = 0
     resident_bytes: int = 0
+    ahead: int = 0
+    ahead_ready: int = 0
+    ahead_bytes: int = 0
+    ahead_used_bytes: int = 0
+    waited_ns: int = 0
+    """Time in which layers waited for experts and computed nothing."""
 
 
-@dataclass(kw_only=True)
-class _Read:
-    """A read on its way to a place, which is given back after it unless the expert stays."""
+@dataclass(kw_only=True, eq=False)
+class _Held:
+    """An expert that has a place: it is there, or `read` is under way. With `want` no router has asked for it yet."""
 
+    at: Place
     place: int
-    stays: bool
-    result: Future[int]
+    read: Future[Any] | None
+    want: Want | None = None
 
 
 class Visit:
@@ -133,24 +122,31 @@ class ExpertStore:
     """
 
     def __init__(self, size: StoreSize, policy: Policy, source: Source) -> None:
-        assert policy.budget.slots <= size.slots and size.staging >= 1
+        assert policy.budget.slots <= size.slots
         self.size = size
         self.figures = StoreFigures()
         self.step = -1
         self.most_used = 0
-        """Most bytes that were in use at once: places with an expert in them or on the way, and reads."""
+        """Most bytes that were in use at once: places with an expert in them or on the way, and reads' buffers."""
+        self.heard: Callable[[str, int, bool], None] = lambda by, nbytes, used: None
+        """Is told who had bytes read ahead, and whether they were used."""
         self._policy = policy
         self._source = source
-        self._slot: dict[Place, int] = {}
-        self._ready: set[Place] = set()
+        self._stays: set[Place] = set()
+        """Whom the policy gives a slot, also when they are still on their way."""
+        self._resident: set[Place] = set()
+        self._held: dict[Place, _Held] = {}
+        self._ahead: list[_Held] = []
+        self._in_use: list[_Held] = []
+        """Of the layer that runs."""
+        self._leaving: list[_Held] = []
+        """Nobody wants them any more, but their reads may still write to their places."""
         self._free = list(reversed(range(size.places)))
-        self._reads: dict[int, _Read] = {}
-        self._threads = ThreadPoolExecutor(size.readers, thread_name_prefix="moeyard-experts")
 
     @property
     def resident(self) -> frozenset[Place]:
         """Layers and experts that are in their slots."""
-        return frozenset(self._ready)
+        return frozenset(self._resident)
 
     def begin_step(self) -> None:
         """A step of the engine: to the policy, all layers until the next one are of the same time."""
@@ -158,101 +154,230 @@ class ExpertStore:
 
     def forget(self, policy: Policy) -> None:
         """Starts again: empty, with another policy, and all counts at 0."""
-        self._settle()
         assert policy.budget == self._policy.budget
+        for held in list(self._held.values()):
+            self._drop(held)
+        self._in_use.clear()
+        while self._leaving:
+            self._wait_for_a_place()
         self._policy, self.figures, self.step = policy, StoreFigures(), -1
-        self._free += self._slot.values()
         self._free.sort(reverse=True)
-        self._slot.clear()
-        self._ready.clear()
+        self._stays.clear()
 
-    def visit(self, layer: int, experts: Iterable[int]) -> Visit:
+    def visit(self, layer: int, experts: Iterable[int], scores_LE: Any = None) -> Visit:
         """One event: a layer needs these experts. Those that are here run first, then the others as they come.
 
-        The groups raise what the source does, and ExpertLate.
+        `scores_LE` are for a policy that goes by predicted use. The groups raise what the source does, and ExpertLate.
         """
-        self._settle()
+        self._break_off()
         need = sorted(set(experts))
-        decision = self._policy.step(layer, need, Context(step=self.step))
+        for held in [h for h in self._ahead if h.at[0] == layer]:
+            if held.at[1] not in need or not _fine(held):
+                self._drop(held)
+        decision = self._policy.step(layer, need, Context(step=self.step, scores_LE=scores_LE))
+        self._stays.difference_update(decision.evicted)
         for at in decision.evicted:
-            self._free.append(self._slot.pop(at))
-            self._ready.discard(at)
-        for at in decision.admitted:
-            assert at[0] == layer, "a policy that admits when a step is over needs experts that are still in memory"
-            self._slot[at] = self._free.pop()
-        here = [expert for expert in need if (layer, expert) in self._ready]
-        gone = [expert for expert in need if (layer, expert) not in self._ready]
-        gone.sort(key=lambda expert: ((layer, expert) not in self._slot, expert))  # those that stay first
-        self.figures.hits += len(here)
-        self.figures.misses += len(gone)
+            if at in self._held:
+                self._drop(self._held[at])
+        assert all(at[0] == layer for at in decision.admitted), "only who is in memory now can stay"
+        self._stays.update(decision.admitted)
+        known = [self._held[layer, expert] for expert in need if (layer, expert) in self._held]
+        for held in known:
+            if held.want is not None:
+                self._claim(held)
+        self._in_use += known
+        here = [held.at[1] for held in known if held.read is None]
+        gone = [expert for expert in need if expert not in here]
+        # What is on its way comes first, then those that stay.
+        gone.sort(key=lambda e: ((layer, e) not in self._held, (layer, e) not in self._stays, e))
+        self.figures.hits += len(decision.hits)
+        self.figures.misses += len(decision.misses)
+        waiting = deque((layer, expert) for expert in gone if (layer, expert) not in self._held)
+        self._start(waiting)
+        return Visit((*here, *gone), self._groups(layer, here, gone, waiting))
+
+    def fetch_ahead(self, wants: Iterable[Want]) -> None:
+        """Reads experts before a router asks for them, those given first before the others, as many as there is room
+        for; what has a smaller chance makes room. They wait for all that a router has asked for.
+        """
+        for want in wants:
+            at = want.layer, want.expert
+            if (held := self._held.get(at)) is not None:
+                if held.want is not None:
+                    held.want = want
+                    if held.read is not None:
+                        self._source.promote(held.read, want.priority)
+                continue
+            if len(self._ahead) >= self.size.ahead:
+                least = min(self._ahead, key=_chance, default=None)
+                if least is None or _chance(least) >= want.chance:
+                    continue
+                self._drop(least)
+            if len(self._free) < 2:  # one is for those that a layer waits for
+                self._reclaim()
+            if len(self._free) > 1:
+                self._ahead.append(self._read(at, want))
         self._account()
-        return Visit((*here, *gone), self._groups(layer, here, gone))
 
     def close(self) -> bool:
-        """Ends the threads; what has not started is not read. False if a read did not end in time."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        started = [read.result for read in self._reads.values() if not read.result.cancelled()]
-        return not futures.wait(started, READ_TIMEOUT_S).not_done
-
-    def _groups(self, layer: int, here: Sequence[int], gone: Sequence[int]) -> Iterator[list[int]]:
-        waiting = deque(gone)
-        reading: deque[tuple[int, _Read]] = deque()
-
-        def start_reads() -> None:
-            while waiting:
-                slot = self._slot.get((layer, waiting[0]))
-                if slot is None and not self._free:
-                    break
-                expert, place = waiting.popleft(), self._free.pop() if slot is None else slot
-                result = self._threads.submit(self._source.read_into, layer, expert, place)
-                self._reads[place] = read = _Read(place=place, stays=slot is not None, result=result)
-                reading.append((expert, read))
-            self._account()
-
-        start_reads()
-        if here:
-            yield [self._slot[layer, expert] for expert in here]
-        while reading:
-            group = [reading.popleft()]
-            while reading and reading[0][1].result.done():
-                group.append(reading.popleft())
-            for expert, read in group:
-                self._arrive(layer, expert, read)
-            yield [read.place for _, read in group]
-            self._free += [read.place for _, read in group if not read.stays]
-            for _, read in group:
-                del self._reads[read.place]
-            start_reads()
-
-    def _arrive(self, layer: int, expert: int, read: _Read) -> None:
-        """Waits for a read."""
+        """Ends reading; what has not started is not read. False if a read did not end in time."""
         try:
-            self.figures.read_bytes += read.result.result(READ_TIMEOUT_S)
-        except futures.TimeoutError as error:
-            raise ExpertLate(
-                f"expert {expert} of MoE layer {layer} was not read within {READ_TIMEOUT_S:g} s"
-            ) from error
-        if read.stays:
-            self._ready.add((layer, expert))
-            self.figures.admitted_bytes += self.size.expert
-            self._account()
+            self._source.close(READ_TIMEOUT_S)
+        except TimeoutError:
+            return False
+        return True
 
-    def _settle(self) -> None:
-        """After a visit that was broken off: waits for its reads, which write into places, and takes these back."""
-        if not self._reads:
-            return
-        started = [read.result for read in self._reads.values() if not read.result.cancel()]
-        late = futures.wait(started, READ_TIMEOUT_S).not_done
-        if late:
-            raise ExpertLate(f"{len(late)} reads of experts did not end within {READ_TIMEOUT_S:g} s")
-        self._free += [read.place for read in self._reads.values() if not read.stays]
-        self._reads.clear()
+    def _groups(
+        self, layer: int, here: Sequence[int], gone: Sequence[int], waiting: deque[Place]
+    ) -> Iterator[list[int]]:
+        if here:
+            group = [self._held[layer, expert] for expert in here]
+            yield [held.place for held in group]
+            self._release(group)
+            self._start(waiting)
+        coming = deque((layer, expert) for expert in gone)
+        while coming:
+            while coming[0] not in self._held:
+                self._wait_for_a_place(coming[0])
+                self._start(waiting)
+            group = [self._arrive(coming.popleft())]
+            while coming and (held := self._held.get(coming[0])) and held.read is not None and held.read.done():
+                group.append(self._arrive(coming.popleft()))
+            yield [held.place for held in group]
+            self._release(group)
+            self._start(waiting)
+
+    def _start(self, waiting: deque[Place]) -> None:
+        """Begins reads that a layer waits for, as many as there are places."""
+        while waiting:
+            if not self._free:
+                self._reclaim()
+            if not self._free and self._ahead:
+                self._drop(min(self._ahead, key=lambda held: (_runs(held), _chance(held))))
+            if not self._free:
+                break
+            self._in_use.append(self._read(waiting.popleft()))
+        self._account()
+
+    def _read(self, at: Place, want: Want | None = None) -> _Held:
+        place = self._free.pop()
+        priority = Priority.DEMAND if want is None else want.priority
+        held = self._held[at] = _Held(at=at, place=place, read=self._source.fetch(*at, place, priority), want=want)
+        return held
+
+    def _claim(self, held: _Held) -> None:
+        """A router asks for what was read ahead."""
+        assert held.want is not None and held.read is not None
+        nbytes = self._source.nbytes(*held.at)
+        self.figures.ahead += 1
+        self.figures.ahead_bytes += nbytes
+        self.figures.ahead_used_bytes += nbytes
+        self.heard(held.want.by, nbytes, True)
+        held.want = None
+        self._ahead.remove(held)
+        if held.read.done():
+            self.figures.ahead_ready += 1
+            self._arrived(held)
+        else:
+            self._source.promote(held.read, Priority.DEMAND)
+
+    def _arrive(self, at: Place) -> _Held:
+        """Waits for an expert."""
+        held = self._held[at]
+        assert held.read is not None
+        begun = time.monotonic_ns()
+        try:
+            held.read.result(READ_TIMEOUT_S)
+        except futures.TimeoutError as error:
+            raise _late(at) from error
+        finally:
+            self.figures.waited_ns += time.monotonic_ns() - begun
+        self._arrived(held)
+        return held
+
+    def _arrived(self, held: _Held) -> None:
+        held.read = None
+        self.figures.read_bytes += self._source.nbytes(*held.at)
+        if held.at in self._stays:
+            self._resident.add(held.at)
+            self.figures.admitted_bytes += self.size.expert
+        self._account()
+
+    def _release(self, group: Sequence[_Held]) -> None:
+        """A layer has computed them."""
+        for held in group:
+            self._in_use.remove(held)
+            if held.at not in self._stays:
+                self._drop(held)
+
+    def _drop(self, held: _Held) -> None:
+        """Nobody wants it any more."""
+        del self._held[held.at]
+        self._resident.discard(held.at)
+        if held.read is not None and not held.read.done():
+            self._source.abandon(held.read)
+        if held.want is not None:
+            self._ahead.remove(held)
+            assert held.read is not None
+            if not held.read.cancelled():
+                nbytes = self._source.nbytes(*held.at)
+                self.figures.read_bytes += nbytes
+                self.figures.ahead_bytes += nbytes
+                self.heard(held.want.by, nbytes, False)
+        if held.read is None or held.read.done():
+            self._free.append(held.place)
+        else:
+            self._leaving.append(held)
+
+    def _reclaim(self) -> None:
+        """Places that nothing is written to any more."""
+        still = []
+        for held in self._leaving:
+            assert held.read is not None
+            if held.read.done():
+                self._free.append(held.place)
+            else:
+                still.append(held)
+        self._leaving = still
+
+    def _wait_for_a_place(self, at: Place | None = None) -> None:
+        """Until a read that was abandoned has ended, for the sake of an expert or of nobody."""
+        begun = time.monotonic_ns()
+        reads = [held.read for held in self._leaving if held.read is not None]
+        if not futures.wait(reads, READ_TIMEOUT_S, futures.FIRST_COMPLETED).done:
+            raise _late(at or self._leaving[0].at)
+        self.figures.waited_ns += time.monotonic_ns() - begun
+        self._reclaim()
+
+    def _break_off(self) -> None:
+        """After a visit that did not come to its end: only what stays and is there remains."""
+        for held in self._in_use:
+            if held.read is not None or held.at not in self._stays:
+                self._drop(held)
+        self._in_use.clear()
 
     def _account(self) -> None:
         size = self.size
-        self.figures.resident_bytes = len(self._ready) * size.expert
-        passing = sum(not read.stays for read in self._reads.values())
-        places = len(self._slot) + passing
-        assert places + len(self._free) == size.places and len(self._slot) <= size.slots
-        reads = min(size.readers, len(self._reads))
-        self.most_used = max(self.most_used, places * size.expert + reads * size.scratch)
+        self.figures.resident_bytes = len(self._resident) * size.expert
+        used = len(self._held) + len(self._leaving)
+        assert used + len(self._free) == size.places and len(self._stays) <= size.slots
+        self.most_used = max(self.most_used, used * size.expert + size.reading)
+
+
+def _fine(held: _Held) -> bool:
+    """Whether a read has not failed so far; one that was ahead and has failed is done again by those that need it."""
+    return held.read is None or not held.read.done() or (not held.read.cancelled() and held.read.exception() is None)
+
+
+def _runs(held: _Held) -> bool:
+    """Whether its place is not free at once when it is dropped."""
+    return held.read is not None and held.read.running()
+
+
+def _chance(held: _Held) -> float:
+    assert held.want is not None
+    return held.want.chance
+
+
+def _late(at: Place) -> ExpertLate:
+    return ExpertLate(f"expert {at[1]} of MoE layer {at[0]} was not read within {READ_TIMEOUT_S:g} s")

@@ -36,6 +36,10 @@ _COUNTERS = (
     ("expert_misses", "moe_expert_misses", "Experts that were not, and were read from the checkpoint."),
     ("expert_read_bytes", "moe_expert_bytes_read", "Bytes of experts read from the checkpoint while serving."),
     ("expert_admitted_bytes", "moe_expert_bytes_admitted", "Bytes of experts that got a slot in --expert-memory."),
+    ("expert_ahead", "moe_expert_ahead", "Missing experts whose reading had begun before the router chose them."),
+    ("expert_ahead_ready", "moe_expert_ahead_ready", "Missing experts that had been read by then."),
+    ("expert_ahead_bytes", "moe_expert_bytes_ahead", "Bytes of experts read ahead of the router's choice."),
+    ("expert_ahead_used_bytes", "moe_expert_bytes_ahead_used", "Those of experts that the router then chose."),
 )
 
 

@@ -6,16 +6,20 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from test_parity import generate, prompts, reference
 
-from moeyard.engine import moe
+from moeyard.engine import moe, offload
+from moeyard.engine.checkpoint import Checkpoint
 from moeyard.engine.config import RESIDENCY, EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.messages import Stats, Submit
+from moeyard.engine.next_use import NextUse
 from moeyard.engine.params import SamplingParams
+from moeyard.engine.predict.base import Predictor
 from moeyard.launch.metrics import Metrics
 from moeyard.launch.plan import run as show_plan
 from moeyard.scheduler.residency.slots import Context
@@ -71,7 +75,7 @@ def one_per_layer(engine):
 def logits_of(engine, ids):
     """Of all steps that `generate` takes, and its tokens."""
     seen, run = [], engine._run_batch
-    engine._run_batch = lambda batch: seen.append(run(batch)) or seen[-1]
+    engine._run_batch = lambda *batch: seen.append(run(*batch)) or seen[-1]
     return generate(engine, ids, NEW_TOKENS), seen
 
 
@@ -105,22 +109,40 @@ def test_tokens_and_logits_do_not_depend_on_the_budget(case, make):
     assert hits[0] > hits[-2] > 0
 
 
+@pytest.fixture(scope="module")
+def trained(qwen, tmp_path_factory):
+    """A predictor of next use, fitted on the routing of the test's own prompts."""
+    engine = Engine(EngineConfig(model=str(qwen.path), **OPTIONS))
+    recorder = engine.record_routing()
+    generate(engine, qwen.ids, NEW_TOKENS)
+    topk = recorder.take()
+    engine.close()
+    path = tmp_path_factory.mktemp("trained") / "next_use.npz"
+    fingerprint = Checkpoint(qwen.path).fingerprint
+    NextUse.fit(topk, np.array([0]), 32, digest=fingerprint).save(str(path))
+    return str(path)
+
+
 @pytest.mark.parametrize("residency", RESIDENCY)
 @pytest.mark.parametrize("memory", ["25%", "6.3%"])
-def test_every_policy_gives_the_same_tokens_and_counts_as_its_replay(residency, memory, qwen, make):
-    engine = make(qwen.path, memory, residency=residency)
+def test_every_policy_gives_the_same_tokens_and_counts_as_its_replay(residency, memory, qwen, make, trained):
+    options = {"predictor": trained} if residency in ("auto", "predicted") else {}
+    engine = make(qwen.path, memory, residency=residency, **options)
+    assert engine._offload.plan.residency == ("predicted" if options else residency)
     store, events = engine._offload.store, []
     visit = store.visit
-    store.visit = lambda layer, experts: (events.append((store.step, layer, list(experts))), visit(*events[-1][1:]))[1]
+    store.visit = lambda *event: (events.append((store.step, *event)), visit(*event))[1]
     assert generate(engine, qwen.ids, NEW_TOKENS) == qwen.expected
     twin = engine._offload.plan.policy()
     assert type(twin) is type(store._policy)
-    decisions = [twin.step(layer, experts, Context(step=step)) for step, layer, experts in events]
+    decisions = [twin.step(at, experts, Context(step=step, scores_LE=s)) for step, at, experts, s in events]
     stats = engine.stats(with_experts=False)
     assert stats.expert_hits == sum(len(d.hits) for d in decisions)
     assert stats.expert_misses == sum(len(d.misses) for d in decisions) > 0
     assert stats.expert_admitted_bytes == store.size.expert * sum(len(d.admitted) for d in decisions) > 0
-    assert stats.expert_read_bytes == store.size.expert * stats.expert_misses  # float32 is stored and kept
+    # float32 is stored and kept
+    wasted = stats.expert_ahead_bytes - stats.expert_ahead_used_bytes
+    assert stats.expert_read_bytes == store.size.expert * stats.expert_misses + wasted
     assert stats.expert_resident_bytes == store.size.expert * int(twin.resident_LE.sum())
 
 
@@ -144,19 +166,20 @@ def test_memory_is_what_was_asked_for(qwen, make):
     assert engine.info["own_expert_bytes"] == size.nbytes
     assert {layer.pool.up_SND.data_ptr() for layer in layers} == {layers[0].pool.up_SND.data_ptr()}
     assert layers[0].pool.nbytes == size.places * size.expert
-    buffers = [engine._offload.source._buffers.get() for _ in range(size.readers)]
-    assert engine._offload.source._buffers.empty()
-    assert sum(buffer.nbytes for buffer in buffers) == size.reading
+    assert sum(buffer.nbytes for buffer in engine._offload.source._readers._free) == size.reading
 
 
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from moeyard.engine import moe
+from moeyard.engine import moe, offload
+from moeyard.engine.checkpoint import Checkpoint
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.messages import Submit
+from moeyard.engine.next_use import NextUse
 from moeyard.engine.params import SamplingParams
+from moeyard.engine.predict.base import Predictor
 from moeyard.kernels.warm_up import warm_up
 
 warm_up()
@@ -210,6 +233,96 @@ def test_figures_reach_the_metrics(qwen, make):
         (line,) = [line for line in text.splitlines() if line.startswith(f"moeyard:moe_expert_{name} ")]
         assert float(line.split()[1]) == value
     assert Stats().expert_misses == 0
+
+
+# Predictors
+
+
+class Adversary(Predictor):
+    """Says of every expert that it will not be needed, and of those that are not that they are."""
+
+    name = "adversary"
+
+    def __init__(self, layers, experts):
+        self.rng = np.random.default_rng(0)
+        self.shape = (layers, experts)
+        self.last = np.zeros(self.shape, np.float32)
+
+    def routed(self, layer, ids_TK):
+        self.last[layer] = 1
+        self.last[layer, ids_TK[ids_TK >= 0]] = -1
+
+    def upcoming(self, layer):
+        return self.rng.random(self.shape[1]).astype(np.float32)
+
+    def future(self):
+        return self.last
+
+
+@pytest.mark.parametrize("memory", ["50%", "25%", "6.3%"])
+def test_wrong_predictions_change_no_token(memory, qwen, make, monkeypatch):
+    monkeypatch.setattr(offload, "predictors_for", lambda option, digest, *shape: [Adversary(*shape)])
+    engine = make(qwen.path, memory)
+    assert generate(engine, qwen.ids, NEW_TOKENS) == qwen.expected
+    stats, size = engine.stats(with_experts=False), engine._offload.plan.size
+    assert engine._offload.plan.residency == "predicted"
+    assert engine._offload.store.most_used <= size.nbytes
+    if size.ahead:
+        assert stats.expert_ahead_bytes > stats.expert_ahead_used_bytes > 0  # it did read ahead, mostly in vain
+    else:
+        assert not stats.expert_ahead_bytes
+
+
+class Prophet(Predictor):
+    """Knows a recording of what is run."""
+
+    name = "prophet"
+
+    def __init__(self, topk_TLK, experts):
+        self.topk, self.experts, self.at, self.rows = topk_TLK, experts, 0, 0
+
+    def begin_step(self, rows):
+        self.at, self.rows = self.at + self.rows, sum(len(row.token_ids) for row in rows)
+
+    def upcoming(self, layer):
+        chance = np.zeros(self.experts, np.float32)
+        chance[np.unique(self.topk[self.at : self.at + self.rows, layer])] = 1
+        return chance
+
+
+def test_who_knows_the_future_reads_all_of_it_ahead_and_nothing_in_vain(qwen, make, monkeypatch):
+    known = make(qwen.path, "100%")
+    recorder = known.record_routing()
+    generate(known, qwen.ids[:1], NEW_TOKENS)
+    prophet = Prophet(recorder.take(), 32)
+    monkeypatch.setattr(offload, "predictors_for", lambda *_: [prophet])
+    engine = make(qwen.path, "25%", residency="default")
+    assert generate(engine, qwen.ids[:1], NEW_TOKENS) == qwen.expected[:1]
+    stats = engine.stats(with_experts=False)
+    assert stats.expert_ahead_bytes == stats.expert_ahead_used_bytes > 0
+    layers_run = stats.steps * len(engine._experts.layers)
+    assert stats.expert_ahead > 0.7 * layers_run * engine._offload.plan.size.ahead  # nearly all there was room for
+    assert prophet.at + prophet.rows == len(prophet.topk)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"digest": "another"}, "made for the model another, not"),
+        ({"shape": (2, 32)}, "is for 2 layers of 32 experts, and this model has 3 of 32"),
+        ({"file": b"nonsense"}, "this is no predictor of next use"),
+    ],
+)
+def test_a_predictor_of_another_model_is_an_error(change, message, qwen, make, tmp_path):
+    path = tmp_path / "p.npz"
+    layers, experts = change.get("shape", (3, 32))
+    topk = np.zeros((4, layers, 2), np.int16)
+    digest = change.get("digest", Checkpoint(qwen.path).fingerprint)
+    NextUse.fit(topk, np.array([0]), experts, digest=digest).save(str(path))
+    if "file" in change:
+        path.write_bytes(change["file"])
+    with pytest.raises(ValueError, match=message):
+        make(qwen.path, "25%", predictor=str(path))
 
 
 # Errors
@@ -283,6 +396,8 @@ def test_after_an_error_the_next_request_gets_the_right_tokens(qwen, make, monke
     ("options", "words"),
     [
         ({"residency": "lru"}, "^residency is lru, which changes nothing while all experts are in memory"),
+        ({"predictor": "none"}, "^predictor is none, which changes nothing while all experts are in memory"),
+        ({"expert_memory": "1GiB", "residency": "predicted", "predictor": "none"}, "^residency is predicted and pred"),
         ({"expert_memory": "many"}, "^expert_memory: cannot read 'many' as a size"),
         ({"expert_memory": "120%"}, "^expert_memory is 120%"),
         ({"expert_memory": "1GiB", "ep": 2}, "^expert_memory is 1GiB, and several ranks .*--ep 1"),
@@ -303,4 +418,4 @@ def test_plan_shows_what_fits(qwen, capsys):
     config = EngineConfig(model=str(qwen.path), **{**OPTIONS, "expert_memory": "25%"})
     assert show_plan(config) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  expert memory")]
-    assert "13 of 96 experts stay, 5 at a time pass through, in 3 layers" in line
+    assert "18 of 96 experts stay, 3 at a time pass through, in 3 layers" in line

@@ -285,3 +285,40 @@ def test_experts_of_a_checkpoint(tmp_path: Path) -> None:
             assert torch.equal(tensor, wanted[name].to(tensor.dtype)), (layer, expert, name)
     readers.close()
     files.close()
+
+
+def test_an_abandoned_read_ends_after_its_piece_and_writes_nothing() -> None:
+    source = Gated(pieces=3)
+    readers = readers_of(source)
+    running, waits = (readers.submit(0, expert, room()) for expert in (1, 2))
+    source.wait_for_a_read()
+    readers.abandon(waits)
+    assert waits.cancelled()
+    readers.abandon(running)
+    assert not running.done()
+    source.allow()
+    assert isinstance(running.exception(BOUND_S), CancelledError)
+    assert source.read == [(1, 0)] and not running.into["expert"].any()
+    source.allow(3)
+    assert readers.submit(0, 3, room()).result(BOUND_S)["expert"].tolist() == [0, 3]
+    readers.abandon(running)  # nothing to end any more
+    readers.close()
+
+
+def test_an_abandoned_read_that_was_set_aside_gives_its_buffer_back_at_once() -> None:
+    source = Gated(pieces=2)
+    readers = readers_of(source)
+    aside = readers.submit(0, 1, room(), Priority.LATER)
+    source.wait_for_a_read()
+    urgent = readers.submit(0, 2, room())
+    source.allow()
+    source.wait_for_a_read()
+    assert source.read == [(1, 0)]
+    readers.abandon(aside)
+    assert isinstance(aside.exception(BOUND_S), CancelledError) and len(readers._free) == 1
+    source.allow(2)
+    assert urgent.result(BOUND_S)["expert"].tolist() == [0, 2]
+    source.allow(2)
+    assert readers.submit(0, 4, room()).result(BOUND_S)["expert"].tolist() == [0, 4]
+    assert source.read == [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1)]
+    readers.close()

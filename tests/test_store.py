@@ -1,6 +1,7 @@
 """The expert store over a fake source: what is where, in which order, and what happens when reading fails."""
 
 import threading
+from concurrent.futures import wait
 
 import pytest
 from hypothesis import given, settings
@@ -8,8 +9,11 @@ from hypothesis import strategies as st
 
 from moeyard.engine import store as store_module
 from moeyard.engine.config import parse_budget
+from moeyard.engine.expert_files import AlignedBuffer
 from moeyard.engine.offload import POLICIES
-from moeyard.engine.store import READS_IN_FLIGHT, ExpertLate, ExpertStore, StoreSize, share_out
+from moeyard.engine.readers import Priority, Readers
+from moeyard.engine.store import ExpertLate, ExpertStore, Want
+from moeyard.engine.store_size import READS_IN_FLIGHT, StoreSize, share_out
 from moeyard.scheduler.residency.slots import Budget, Context
 
 LAYERS, EXPERTS = 3, 8
@@ -17,49 +21,77 @@ SIZE = 10
 
 
 class Fake:
-    """Writes (layer, expert) into `contents`; fails, or waits, where it is told to."""
+    """Writes (layer, expert) into `contents`, on threads as an engine's readers do; fails, or waits, where told to."""
 
-    def __init__(self, places):
-        self.contents = [None] * places
+    def __init__(self, size):
+        self.contents = [None] * size.places
         self.reads = []
         self.fails = set()
         self.go = threading.Event()
         self.go.set()
+        self.begun = threading.Semaphore(0)
         self.in_flight = self.most_in_flight = 0
         self._lock = threading.Lock()
+        buffers = [AlignedBuffer(1) for _ in range(size.buffers)]
+        self.readers = Readers(self, buffers, threads=size.readers)
 
-    def read_into(self, layer, expert, place):
+    def steps(self, layer, expert, buffer):
         with self._lock:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            self.contents[place] = None
+            self.begun.release()
             assert self.go.wait(30)
             self.reads.append((layer, expert))
             if (layer, expert) in self.fails:
                 raise OSError("no such luck")
-            self.contents[place] = (layer, expert)
-            return SIZE
         finally:
             with self._lock:
                 self.in_flight -= 1
+        yield
+
+    def copy(self, layer, expert, buffer, into):
+        self.contents[into["place"]] = (layer, expert)
+
+    def fetch(self, layer, expert, place, priority):
+        self.contents[place] = None
+        return self.readers.submit(layer, expert, {"place": place}, priority)
+
+    def promote(self, read, priority):
+        self.readers.promote(read, priority)
+
+    def abandon(self, read):
+        self.readers.abandon(read)
+
+    def nbytes(self, layer, expert):
+        return SIZE
+
+    def close(self, timeout_s):
+        self.readers.close(timeout_s)
 
 
 @pytest.fixture
 def make():
     stores = []
 
-    def made(slots=4, staging=2, readers=1, policy="lru", floor=0):
+    def made(slots=4, staging=2, readers=1, policy="lru", floor=0, ahead=0):
         budget = Budget(layers=LAYERS, experts=EXPERTS, slots=slots, floor=floor)
-        size = StoreSize(expert=SIZE, scratch=3, slots=slots, staging=staging, readers=readers)
-        fake = Fake(size.places)
+        size = sized(slots, staging, readers, ahead)
+        fake = Fake(size)
         stores.append(ExpertStore(size, POLICIES[policy](budget), fake))
         stores[-1].begin_step()
         return stores[-1], fake
 
     yield made
     for store in stores:
+        store._source.go.set()
         store.close()
+
+
+def sized(slots, staging, readers, ahead=0):
+    return StoreSize(
+        expert=SIZE, scratch=3, slots=slots, staging=staging, readers=readers, ahead=ahead, buffers=readers + 1
+    )
 
 
 def run(store, fake, layer, experts):
@@ -81,20 +113,27 @@ EVENTS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+PRIORITIES = st.sampled_from([Priority.NEXT_LAYER, Priority.LATER])
+
+
+@settings(deadline=None, max_examples=100)
 @given(
     events=EVENTS,
     slots=st.integers(0, 12),
     staging=st.integers(1, 4),
     readers=st.integers(1, 3),
     policy=st.sampled_from(list(POLICIES)),
+    ahead=st.integers(0, 3),
     data=st.data(),
 )
-def test_every_expert_is_in_its_place_and_the_counts_are_the_policys(events, slots, staging, readers, policy, data):
+def test_every_expert_is_in_its_place_and_the_counts_are_the_policys(
+    events, slots, staging, readers, policy, ahead, data
+):
+    ahead = min(ahead, staging - 1)
     floor = data.draw(st.integers(0, slots // LAYERS))
     budget = Budget(layers=LAYERS, experts=EXPERTS, slots=slots, floor=floor)
-    size = StoreSize(expert=SIZE, scratch=3, slots=slots, staging=staging, readers=readers)
-    fake = Fake(size.places)
+    size = sized(slots, staging, readers, ahead)
+    fake = Fake(size)
     store, twin = ExpertStore(size, POLICIES[policy](budget), fake), POLICIES[policy](budget)
     hits = misses = admitted = 0
     try:
@@ -106,7 +145,13 @@ def test_every_expert_is_in_its_place_and_the_counts_are_the_policys(events, slo
             decision = twin.step(layer, experts, Context(step=store.step))
             hits, misses = hits + len(decision.hits), misses + len(decision.misses)
             admitted += len(decision.admitted)
-            assert set(order[: len(decision.hits)]) == set(decision.hits)  # what is there runs first
+            if not ahead:
+                assert set(order[: len(decision.hits)]) == set(decision.hits)  # what is there runs first
+            guess = data.draw(st.lists(st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)), max_size=5))
+            store.fetch_ahead(
+                Want(layer=at, expert=expert, chance=data.draw(st.floats(0, 1)), priority=data.draw(PRIORITIES))
+                for at, expert in guess
+            )
             resident = {(at, e) for at in range(LAYERS) for e in range(EXPERTS) if twin.resident_LE[at, e]}
             assert store.resident == resident
             assert store.figures.resident_bytes == SIZE * len(resident) <= SIZE * slots
@@ -114,7 +159,9 @@ def test_every_expert_is_in_its_place_and_the_counts_are_the_policys(events, slo
         store.close()
     figures = store.figures
     assert (figures.hits, figures.misses) == (hits, misses)
-    assert figures.read_bytes == SIZE * misses == SIZE * len(fake.reads)
+    assert figures.read_bytes - (figures.ahead_bytes - figures.ahead_used_bytes) == SIZE * misses
+    assert ahead or figures.read_bytes == SIZE * len(fake.reads)
+    assert figures.ahead_used_bytes <= figures.ahead_bytes and figures.ahead_ready <= figures.ahead <= misses
     assert figures.admitted_bytes == SIZE * admitted
     assert store.most_used <= size.nbytes
     assert fake.most_in_flight <= readers
@@ -136,8 +183,84 @@ def test_more_misses_than_places_stream_through(make):
     store, fake = make(slots=0, staging=2, readers=2)
     assert run(store, fake, 1, range(EXPERTS)) == tuple(range(EXPERTS))
     assert fake.reads.__len__() == EXPERTS
-    assert store.most_used == store.size.nbytes == 2 * SIZE + 2 * 3
+    assert store.most_used == store.size.nbytes == 2 * SIZE + 3 * 3
     assert not store.resident
+
+
+def wants(*experts, layer=0, chance=0.5, **more):
+    return [Want(layer=layer, expert=expert, chance=chance, **more) for expert in experts]
+
+
+def settle(store):
+    """Until nothing is being read."""
+    assert not wait([held.read for held in store._held.values() if held.read is not None], 30).not_done
+
+
+def test_what_was_read_ahead_is_there_when_the_router_asks_for_it(make):
+    store, fake = make(slots=2, staging=5, readers=2, ahead=2)
+    heard = []
+    store.heard = lambda *what: heard.append(what)
+    store.fetch_ahead(wants(1, 2, by="me"))
+    settle(store)
+    assert store.figures.resident_bytes == 0  # not by asking: the policy decides about slots
+    fake.go.clear()
+    visit = store.visit(0, [1, 2, 3])
+    groups = iter(visit)
+    assert visit.experts == (1, 2, 3)
+    assert [fake.contents[place] for place in next(groups)] == [(0, 1), (0, 2)]
+    fake.go.set()
+    assert sum(len(places) for places in groups) == 1
+    figures = store.figures
+    assert (figures.misses, figures.ahead, figures.ahead_ready) == (3, 2, 2)
+    assert (figures.ahead_bytes, figures.ahead_used_bytes, figures.read_bytes) == (2 * SIZE, 2 * SIZE, 3 * SIZE)
+    assert heard == [("me", SIZE, True)] * 2
+    assert store.figures.admitted_bytes == SIZE * len(store.resident) == 2 * SIZE
+
+
+def test_a_router_makes_a_read_ahead_urgent_and_reads_nothing_twice(make):
+    store, fake = make(slots=2, staging=5, readers=1, ahead=3)
+    fake.go.clear()
+    store.fetch_ahead(wants(0, layer=1) + wants(5, layer=2, chance=0.9, priority=Priority.LATER) + wants(6, layer=1))
+    assert fake.begun.acquire(timeout=30)
+    visit = store.visit(1, [3, 6])
+    fake.go.set()
+    assert visit.experts == (6, 3)
+    for _ in visit:
+        pass
+    settle(store)
+    assert fake.reads == [(1, 0), (1, 6), (1, 3), (2, 5)]  # 0 had begun when it became clear that nobody wants it
+    assert store.figures.ahead_used_bytes == SIZE
+
+
+def test_wrong_ones_are_forgotten_when_the_router_has_spoken(make):
+    store, fake = make(slots=2, staging=5, readers=2, ahead=2)
+    heard = []
+    store.heard = lambda *what: heard.append(what)
+    store.fetch_ahead(wants(1, 2, by="me"))
+    settle(store)
+    run(store, fake, 0, [5])
+    assert not store._ahead and heard == [("me", SIZE, False)] * 2
+    assert store.figures.ahead_bytes == 2 * SIZE and not store.figures.ahead_used_bytes
+    assert store.figures.read_bytes == 3 * SIZE
+
+
+def test_the_likely_push_out_the_unlikely_and_one_place_is_left(make):
+    store, fake = make(slots=2, staging=3, readers=1, ahead=2)
+    store.fetch_ahead(wants(1, chance=0.4) + wants(2, chance=0.5) + wants(3, chance=0.3) + wants(4, chance=0.6))
+    assert {held.at[1] for held in store._ahead} == {2, 4}
+    settle(store)
+    run(store, fake, 1, range(EXPERTS))  # who waits for places takes those of others
+    assert sorted(store._free) and not store._in_use
+
+
+def test_a_read_ahead_that_failed_is_done_again_for_the_one_who_needs_it(make):
+    store, fake = make(slots=2, staging=3, readers=1, ahead=2)
+    fake.fails = {(0, 1)}
+    store.fetch_ahead(wants(1))
+    settle(store)
+    fake.fails = set()
+    assert run(store, fake, 0, [1]) == (1,)
+    assert fake.reads == [(0, 1), (0, 1)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -171,8 +294,9 @@ def test_a_disk_that_does_not_answer_is_named_and_not_waited_for(make, monkeypat
     fake.go.clear()
     with pytest.raises(ExpertLate, match=r"expert 3 of MoE layer 2 was not read within 0\.05 s"):
         run(store, fake, 2, [3, 4])
-    with pytest.raises(ExpertLate, match="1 reads of experts did not end"):
-        run(store, fake, 0, [0])  # its place may still be written to
+    for _ in range(3):  # its place may still be written to: there is none left, and that is bounded too
+        with pytest.raises(ExpertLate, match=r"expert \d of MoE layer 0 was not read within 0\.05 s"):
+            run(store, fake, 0, [0, 1, 2])
     fake.go.set()
     monkeypatch.setattr(store_module, "READ_TIMEOUT_S", 30)
     run(store, fake, 2, [3, 4])
@@ -200,9 +324,12 @@ def test_a_budget_is_never_exceeded_and_never_wasted(budget, expert, scratch):
     assert budget - expert < size.nbytes <= budget
     assert size.slots >= 0
     assert 1 <= size.readers <= READS_IN_FLIGHT
-    assert size.staging == size.readers + 1 or (size.staging, size.slots) == (1, 0) or size.staging == 1
-    if size.readers > 1:
-        assert 2 * (size.staging * expert + size.reading) <= budget
+    if size.ahead:
+        assert (size.staging, size.ahead, size.buffers) == (2 * size.readers + 1, size.readers, size.readers + 1)
+        assert 4 * (size.staging * expert + size.reading) <= budget
+    else:
+        assert (size.readers, size.buffers) == (1, 1)
+        assert size.staging == 2 or (size.staging, size.slots) == (1, 0) or size.staging == 1
 
 
 def test_budgets_are_sizes_or_shares():

@@ -5,7 +5,6 @@ T: tokens of a step, L: MoE layers, E: experts of a layer (the most of any), K: 
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +29,8 @@ class Rows:
     start: int
 
 
-class Predictor(ABC):
-    """Told how a step goes, in the order of these methods; asked at any time between. One thread.
+class Predictor:
+    """One that knows nothing. Told how a step goes, in the order of these methods, asked at any time. One thread.
 
     It may know nothing of some layers or of the future (None). What it says changes no result, so it may be wrong; it
     must not raise for any tokens or routing.

@@ -6,7 +6,7 @@ L: layers, E: experts of a layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,11 +148,7 @@ class PredictedUse(Policy):
 
     def settle(self, context: Context) -> Decision:
         """Raises ValueError without scores for all experts that are finite numbers."""
-        scores_LE = context.scores_LE
-        shape = self._scores_LE.shape
-        if scores_LE is None or scores_LE.shape != shape or not np.isfinite(scores_LE).all():
-            found = "missing" if scores_LE is None else f"of shape {scores_LE.shape}, or not all finite"
-            raise ValueError(f"scores_LE are {found}; predicted use needs finite numbers of shape {shape}")
+        scores_LE = checked_scores(context, self._scores_LE.shape)
         if context.step != self._step:
             raise ValueError(f"step {context.step} cannot be settled; the last event was of step {self._step}")
         self._scores_LE[:] = scores_LE
@@ -172,6 +168,39 @@ class PredictedUse(Policy):
         for misses in self._misses_L:
             misses.clear()
         return Decision(admitted=(*filled, *admitted), evicted=tuple(evicted))
+
+
+class PredictedNow(Policy):
+    """Keeps what a predictor says will be used: decides within the event, from `context.scores_LE`.
+
+    As a live engine must, in which what a layer has missed is in memory while the layer runs only. The scores may know
+    the step's routing up to this layer. A miss is admitted if its score beats the victim's by more than `margin`.
+    """
+
+    def __init__(self, budget: Budget, margin: float = 0.0) -> None:
+        super().__init__(budget)
+        self._margin = checked_margin(margin)
+        self._scores_LE: npt.NDArray[Any] = np.zeros((budget.layers, budget.experts))
+
+    def step(self, layer: int, experts: Iterable[int], context: Context) -> Decision:
+        """As `Policy.step`. Raises ValueError without finite scores for all experts."""
+        self._scores_LE = checked_scores(context, self._scores_LE.shape)
+        return super().step(layer, experts, context)
+
+    def _touch(self, layer: int, need: Integers) -> None:
+        pass
+
+    def _values(self, rows: slice) -> npt.NDArray[Any]:
+        return self._scores_LE[rows]
+
+
+def checked_scores(context: Context, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Raises ValueError without scores for all experts that are finite numbers."""
+    scores_LE = context.scores_LE
+    if scores_LE is None or scores_LE.shape != shape or not np.isfinite(scores_LE).all():
+        found = "missing" if scores_LE is None else f"of shape {scores_LE.shape}, or not all finite"
+        raise ValueError(f"scores_LE are {found}; predicted use needs finite numbers of shape {shape}")
+    return scores_LE
 
 
 def checked_margin(margin: float) -> float:

@@ -71,7 +71,7 @@ class Context:
     """What a policy may know beside the routing: the number of the step, and what a predictor says.
 
     Steps count up from 0; some may be left out. `scores_LE` are predicted future uses, larger for an expert that is
-    wanted more or sooner; `PredictedUse` needs them when it settles.
+    wanted more or sooner; `PredictedNow` needs them in each event, `PredictedUse` when it settles.
     """
 
     step: int
