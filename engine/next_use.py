@@ -14,6 +14,7 @@ T: tokens, L: layers, E: experts of a layer, K: experts per token, S: sequences,
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .next_token import POINTS, NextToken
 from .routing_history import FEATURES, History, features, rank_weights, rows
 
 Array = npt.NDArray[Any]
@@ -55,6 +57,7 @@ class NextUse:
         bias_LE: what is predicted without any of them.
         even: mean uses of an expert per token, K / E.
         digest: of the model that it was made for, "" for one without.
+        next_token: how probable the next token's experts are; None where it was not fitted (`with_next_token`).
     """
 
     now_NN: Array
@@ -65,6 +68,7 @@ class NextUse:
     even: float
     half_life: float
     digest: str = ""
+    next_token: NextToken | None = None
 
     @property
     def layers(self) -> int:
@@ -187,10 +191,19 @@ class NextUse:
             digest=digest,
         )
 
+    def with_next_token(
+        self, topk_TLK: Array, start_S: Array, *, progress: Callable[[int], object] = lambda layers: None
+    ) -> NextUse:
+        """With probabilities of the next token's experts, fitted on a recording; see `NextToken.fit`."""
+        scores_TLE = self.scores(topk_TLK, start_S)
+        return dataclasses.replace(self, next_token=NextToken.fit(topk_TLK, start_S, scores_TLE, progress=progress))
+
     def save(self, path: str) -> None:
         """As .npz. Raises ValueError for a path that cannot be written."""
         arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {"version": VERSION, "even": self.even, "half_life": self.half_life, "digest": self.digest}
+        if self.next_token is not None:
+            arrays |= {name: getattr(self.next_token, name) for name in _NEXT_TOKEN}
         try:
             with open(path, "wb") as file:
                 np.savez(file, **arrays)
@@ -208,6 +221,9 @@ class NextUse:
                     even=float(file["even"]),
                     half_life=float(file["half_life"]),
                     digest=str(file["digest"]),
+                    next_token=NextToken(**{name: file[name] for name in _NEXT_TOKEN})
+                    if _NEXT_TOKEN[0] in file
+                    else None,
                     **{name: file[name] for name in _ARRAYS},
                 )
             layers, experts = found.bias_LE.shape
@@ -215,6 +231,12 @@ class NextUse:
             shapes = [(size, size)] * 3 + [(layers, features, experts), (layers, experts)]
             if [getattr(found, name).shape for name in _ARRAYS] != shapes:
                 raise ValueError("arrays whose shapes do not agree")
+            if found.next_token is not None:
+                depths = len(found.next_token.bias_DLE)
+                shapes = [(depths, layers, 5 * experts, experts), (depths, layers, experts)]
+                shapes += [(layers, experts), (depths, len(POINTS))]
+                if [getattr(found.next_token, name).shape for name in _NEXT_TOKEN] != shapes:
+                    raise ValueError("arrays of the next token whose shapes do not agree")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}; this is no predictor of next use") from error
         if digest is not None and digest != found.digest:
@@ -223,6 +245,8 @@ class NextUse:
 
 
 _ARRAYS = ("now_NN", "rank_NN", "before_NN", "own_LFE", "bias_LE")
+_NEXT_TOKEN = ("weight_DLFE", "bias_DLE", "mean_LE", "chance_DB")
+"""Not in every file."""
 
 
 def future_use(topk_TLK: Array, start_S: Array, experts: int, half_life: float) -> Array:

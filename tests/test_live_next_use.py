@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeyard.engine.next_token import NextToken
 from moeyard.engine.next_use import NextUse
-from moeyard.engine.predict import compiled
+from moeyard.engine.predict import counting
 from moeyard.engine.predict.base import Rows
 from moeyard.engine.predict.next_use import LiveNextUse
 from moeyard.engine.routing_history import FEATURES, rank_weights
@@ -34,6 +38,24 @@ def model() -> NextUse:
         even=TOP_K / EXPERTS,
         half_life=3.0,
     )
+
+
+@pytest.fixture(scope="module")
+def with_next_token(model: NextUse) -> NextUse:
+    return model.with_next_token(walks(8, 4000), np.arange(10) * 400)
+
+
+def walks(seed: int, count: int) -> np.ndarray:
+    """As `tokens`, but each layer often chooses what the one before it did, now and then what it chose itself."""
+    rng = np.random.default_rng(seed)
+    topk = tokens(seed, count)
+    for t in range(1, count):
+        for layer in range(LAYERS):
+            if rng.random() < 0.2:
+                topk[t, layer] = topk[t - 1, layer]
+            elif layer and rng.random() < 0.8:
+                topk[t, layer] = topk[t, layer - 1]
+    return topk
 
 
 def tokens(seed: int, count: int) -> np.ndarray:
@@ -128,7 +150,7 @@ def test_chunks_are_tokens_one_by_one(model: NextUse) -> None:
 
 
 def test_of_a_long_chunk_the_end_counts(model: NextUse) -> None:
-    topk = tokens(4, compiled.REACH + 300)
+    topk = tokens(4, counting.REACH + 300)
     live = LiveNextUse(model)
     run(live, rows(a=(0, len(topk))), topk)
     close(live.future(), settled(model, topk), atol=1e-3)
@@ -199,6 +221,95 @@ def test_layers_without_a_router_chose_nothing(model: NextUse) -> None:
     close(live.future(), settled(model, topk))
 
 
+def test_chances_within_the_step_are_those_of_the_recording(with_next_token: NextUse) -> None:
+    model, topk = with_next_token, walks(9, 12)
+    found = model.next_token
+    assert found is not None
+    live, scores = LiveNextUse(model), model.scores(topk, np.array([0]))
+
+    def want(t: int, layer: int, ahead: int) -> np.ndarray:
+        return found.chances(layer, ahead, topk, scores, np.array([t]))[0]
+
+    for t, ids_LK in enumerate(topk):
+        live.begin_step(rows(a=(t, 1)))
+        for layer in range(LAYERS):
+            if t:
+                close(live.upcoming(layer), want(t, layer, 0), atol=1e-5)
+        for routed in range(LAYERS):
+            live.routed(routed, ids_LK[None, routed])
+            assert live.upcoming(routed) is None
+            for layer in range(routed + 1, LAYERS):
+                if t:
+                    close(live.upcoming(layer), want(t, layer, layer - routed), atol=1e-5)
+        live.end_step()
+        assert live.upcoming(0) is None
+
+
+def test_chances_of_several_tokens(with_next_token: NextUse) -> None:
+    """That any of them uses an expert: of a batch, of a chunk, and of a sequence that begins."""
+    model, topk = with_next_token, walks(10, 30)
+    alone: list[np.ndarray] = []
+    for step in ({"a": (0, 4)}, {"b": (0, 9)}):
+        live = LiveNextUse(model)
+        run(live, rows(**step), topk[: next(iter(step.values()))[1]])
+        live.begin_step(rows(**{name: (count, 1) for name, (_, count) in step.items()}))
+        found = live.upcoming(1)
+        assert found is not None
+        alone.append(found)
+    live = LiveNextUse(model)
+    assert live.upcoming(1) is None
+    run(live, rows(a=(0, 4), b=(0, 9)), np.concatenate([topk[:4], topk[:9]]))
+    live.begin_step(rows(a=(4, 1), b=(9, 3)))
+    close(live.upcoming(1), 1 - (1 - alone[0]) * (1 - alone[1]) ** 3, atol=1e-5)
+    live.begin_step(rows(c=(0, 1)))
+    assert model.next_token is not None
+    used = np.bincount(walks(8, 4000)[:, 1].ravel() + 1, minlength=EXPERTS + 1)[1:] / 4000
+    close(live.upcoming(1), used, atol=0.1)  # what is known of all text
+    live.forget("c")
+    assert live.upcoming(1) is None and live.future() is None
+    assert LiveNextUse(model, 1).upcoming(0) is None
+
+
+def test_chances_are_how_often_it_happens(with_next_token: NextUse) -> None:
+    """On text that was not fitted on; and who has been through the layer before knows more."""
+    model, topk = with_next_token, walks(11, 900)
+    found = model.next_token
+    assert found is not None
+    scores, now = model.scores(topk, np.array([0])), np.arange(1, 900)
+    used = (topk[now, 1][:, :, None] == np.arange(EXPERTS)).any(1)
+    errors = []
+    for ahead in (0, 1):
+        chance = found.chances(1, ahead, topk, scores, now)
+        assert chance.min() >= 0 and chance.max() <= 1
+        for low in (0.1, 0.3, 0.5, 0.7):
+            here = (chance >= low) & (chance < low + 0.2)
+            assert not here.sum() > 200 or abs(used[here].mean() - chance[here].mean()) < 0.1
+        errors.append(((chance - used) ** 2).mean())
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_the_next_token_is_kept_in_the_file(with_next_token: NextUse, tmp_path: Path) -> None:
+    path = str(tmp_path / "x.npz")
+    with_next_token.save(path)
+    loaded = NextUse.load(path).next_token
+    assert loaded is not None and with_next_token.next_token is not None
+    for name in ("weight_DLFE", "bias_DLE", "mean_LE", "chance_DB"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(with_next_token.next_token, name))
+    broken = dataclasses.replace(with_next_token.next_token, mean_LE=np.zeros((LAYERS, EXPERTS + 1)))
+    dataclasses.replace(with_next_token, next_token=broken).save(path)
+    with pytest.raises(ValueError, match="no predictor of next use"):
+        NextUse.load(path)
+
+
+def test_what_the_next_token_cannot_be_fitted_on(model: NextUse) -> None:
+    topk = tokens(12, 4)
+    scores = model.scores(topk, np.arange(4))
+    with pytest.raises(ValueError, match="record longer ones"):
+        NextToken.fit(topk, np.arange(4), scores)
+    with pytest.raises(ValueError, match="depth is -1"):
+        NextToken.fit(topk, np.array([0]), scores, depth=-1)
+
+
 some_rows = st.lists(
     st.tuples(st.sampled_from("abcd"), st.integers(0, 6), st.integers(0, 5), st.integers(0, 9)), max_size=5
 )
@@ -219,10 +330,10 @@ some_rows = st.lists(
     ),
     st.integers(0, 99),
 )
-def test_it_never_raises(model: NextUse, steps: list, seed: int) -> None:
+def test_it_never_raises(with_next_token: NextUse, steps: list, seed: int) -> None:
     """Unordered layers, too few rows, more experts than there are, steps that do not end."""
     rng = np.random.default_rng(seed)
-    live = LiveNextUse(model, sequences=3)
+    live = LiveNextUse(with_next_token, sequences=3)
     for step, layers, tokens, top_k, ends, forgotten in steps:
         live.begin_step(
             [
@@ -232,6 +343,8 @@ def test_it_never_raises(model: NextUse, steps: list, seed: int) -> None:
         )
         for layer in layers:
             live.routed(layer, rng.integers(-2, EXPERTS + 3, size=(tokens, top_k)))
+            upcoming = live.upcoming(layer + 1)
+            assert upcoming is None or (upcoming.shape == (EXPERTS,) and 0 <= upcoming.min() <= upcoming.max() <= 1)
         if ends:
             live.end_step()
         live.forget(forgotten)

@@ -1,7 +1,7 @@
 """The compiled loops of live predictions: a layer's routing into the sums that next use is predicted from.
 
 S: sequences that are followed, R: those of the step, T: tokens, L: layers, E: experts of a layer, K: experts per token,
-N: L * E, H: half-lives, F: features per expert (2 * H).
+N: L * E, H: half-lives, F: features, B: points.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-Array = npt.NDArray[Any]
+from .counting import count_uses
 
-REACH = 1024
-"""Tokens of a chunk that still count in the rates: what is before them weighs less than 2 ** -15 at any half-life."""
+Array = npt.NDArray[Any]
 
 
 @njit(cache=True)
@@ -71,19 +70,7 @@ def route(
                 for n in range(size):
                     part_N[n] += now_NN[at, n] + weight * rank_NN[at, n]
                     coming_N[n] += before_NN[at, n]
-        for h in range(len(decay_H)):
-            decayed_E = decayed_SLHE[s, layer, h]
-            decay = decay_H[h]
-            faded = decay ** (end - first)
-            for e in range(experts):
-                # A number so small that the processor takes long for it would never get smaller by rounding
-                decayed_E[e] = decayed_E[e] * faded if decayed_E[e] > 1e-20 else 0.0
-            weight = 1.0
-            for t in range(end - 1, max(first, end - REACH) - 1, -1):
-                for k in range(ids_TK.shape[1]):
-                    if 0 <= ids_TK[t, k] < experts:
-                        decayed_E[ids_TK[t, k]] += weight
-                weight *= decay
+        count_uses(ids_TK, first, end, decayed_SLHE[s, layer], decay_H)
 
 
 @njit(cache=True, fastmath=True)
@@ -142,3 +129,52 @@ def score_all(
             scores_N += part_SLN[s, layer]
         scores_SLE[s] += own_SLE[s]
         total_LE += scores_SLE[s]
+
+
+@njit(cache=True)
+def chances(
+    layer: int,
+    near: int,
+    far: int,
+    row_R3: Array,
+    new_R: Array,
+    rank_K: Array,
+    mean_E: Array,
+    scores_SLE: Array,
+    last_SLE: Array,
+    weight_FE: Array,
+    bias_E: Array,
+    point_B: Array,
+    chance_B: Array,
+) -> Array:
+    """[E] how probable it is that any token of the step uses each expert of a layer; see `NextToken`.
+
+    `near` and `far` are the layers whose experts it looks at, -1 for none. New sequences have no scores: means stand
+    for them. Each token of a chunk is taken to be as probable to use an expert as the last one.
+    """
+    experts = len(bias_E)
+    unused_E = np.ones(experts, dtype=np.float32)
+    found_E = np.empty(experts, dtype=np.float32)
+    step = (point_B[-1] - point_B[0]) / (len(point_B) - 1)
+    for r in range(len(row_R3)):
+        s, first, end = row_R3[r]
+        found_E[:] = bias_E
+        for e in range(experts):
+            score = mean_E[e] if new_R[r] else scores_SLE[s, layer, e]
+            for to in range(experts):
+                found_E[to] += score * weight_FE[e, to]
+        for part, other in ((1, near), (3, far)):
+            if other < 0:
+                continue
+            for k in range(min(experts, len(rank_K))):
+                expert = last_SLE[s, other, k]
+                if expert >= 0:
+                    used_E, rank_E = weight_FE[part * experts + expert], weight_FE[(part + 1) * experts + expert]
+                    for to in range(experts):
+                        found_E[to] += used_E[to] + rank_K[k] * rank_E[to]
+        for e in range(experts):
+            place = min(max((found_E[e] - point_B[0]) / step, 0.0), len(point_B) - 1.0)
+            below = min(int(place), len(point_B) - 2)
+            chance = chance_B[below] + (place - below) * (chance_B[below + 1] - chance_B[below])
+            unused_E[e] *= (1 - chance) ** (end - first)
+    return 1 - unused_E
