@@ -163,7 +163,8 @@ class Offload:
         self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
         # A demand that finds the disk busy with a wrong guess waits for a piece; a right one saves an expert's reading.
-        least_chance = PIECE_BYTES / (PIECE_BYTES + plan.size.expert)
+        piece = min(PIECE_BYTES, plan.size.expert)
+        least_chance = piece / (piece + plan.size.expert)
         self.forecast = Forecast(plan.predictors, plan.budget.layers, plan.budget.experts, least_chance=least_chance)
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number)
