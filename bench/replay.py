@@ -138,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
         with tqdm(total=2 * len(fit.topk_TLK), desc="fit", unit="token", disable=None, delay=2, leave=False) as bar:
             predictor = NextUse.fit(fit.topk_TLK, fit.start_S, trace.experts, digest=trace.digest, progress=bar.update)
         if args.save_predictor:
+            predictor = predictor.with_next_token(fit.topk_TLK, fit.start_S)
             predictor.save(args.save_predictor)
     tallies: list[Tally] = []
     with tqdm(total=len(tasks), unit="replay", disable=None, delay=2, leave=False) as bar:

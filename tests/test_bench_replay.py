@@ -78,7 +78,8 @@ def test_the_command(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     rows = json.loads(json_path.read_text())["samples"]["rows"]
     assert len(rows) == 2 * len(bench.NAMES) and json_path.read_text().count('"law"') == 1
     assert ET.parse(picture_path).getroot().tag.endswith("svg")
-    assert NextUse.load(str(tmp_path / "p.npz"), "abc").experts == EXPERTS
+    saved = NextUse.load(str(tmp_path / "p.npz"), "abc")
+    assert saved.experts == EXPERTS and saved.next_token is not None
 
 
 def test_processes_find_the_same(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
