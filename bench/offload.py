@@ -147,6 +147,7 @@ class Bench:
         with tqdm(total=2 * len(trace.topk_TLK), desc="fit", unit="token", disable=None, delay=2, leave=False) as bar:
             digest = Checkpoint(Path(self.model)).fingerprint
             model = NextUse.fit(trace.topk_TLK, trace.start_S, experts, digest=digest, progress=bar.update)
+        model = model.with_next_token(trace.topk_TLK, trace.start_S)
         self.predictor = f"{self.folder}/next_use.npz"
         model.save(self.predictor)
 

@@ -102,6 +102,12 @@ class EngineConfig:
         " when they are needed (default: all experts are loaded)",
         metavar="SIZE",
     )
+    host_memory: str | None = option(
+        None,
+        "host memory for experts beside --expert-memory on a GPU, as a size or a percentage of all experts; the others"
+        " are read from disk (default: what is free)",
+        metavar="SIZE",
+    )
     residency: str = option(
         "auto",
         "which experts stay in --expert-memory: the policy that chooses them; auto is predicted where a predictor was"
@@ -243,7 +249,9 @@ class EngineConfig:
                 raise ValueError(
                     "residency is predicted and predictor is none; leave one of them out, or use --residency default"
                 )
-        for name in ("residency", "predictor"):
+        if self.host_memory is not None:
+            parse_budget(self.host_memory, 1, "host_memory")
+        for name in ("host_memory", "residency", "predictor"):
             value = getattr(self, name)
             if self.expert_memory is None and value != getattr(EngineConfig, name):
                 raise ValueError(

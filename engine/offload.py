@@ -23,6 +23,7 @@ from ..scheduler.residency.slots import Budget, Policy
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
 from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
+from .host_experts import HostExperts, host_budget
 from .predict.base import Predictor, Rows
 from .predict.choose import predictors_for
 from .predict.forecast import Forecast
@@ -55,13 +56,16 @@ class OffloadPlan:
     budget: Budget
     residency: str
     predictors: list[Predictor]
+    host_bytes: int | None = None
+    """Of host memory for experts beside the device's; None where the device is the host."""
 
     def policy(self) -> Policy:
         return POLICIES[self.residency](self.budget)
 
 
-def plan_offload(config: EngineConfig, blueprint: Blueprint) -> OffloadPlan | None:
-    """What `expert_memory` means for a model; None when all experts are to be in memory.
+def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -> OffloadPlan | None:
+    """What `expert_memory` means for a model; None when all experts are to be in memory. `sharing` ranks have this
+    machine's memory.
 
     Each layer keeps as many slots as a token has experts, or its share where there are fewer. Raises ValueError for
     what cannot be.
@@ -71,8 +75,11 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint) -> OffloadPlan | No
     specs, total = blueprint.spec.experts, blueprint.footprint.experts
     if not specs:
         raise ValueError("expert_memory: this model has no experts; leave it out")
-    if blueprint.device.type != "cpu":
-        raise ValueError("expert_memory: on a GPU it is not supported yet; leave it out, or use --device cpu")
+    on_cpu = blueprint.device.type == "cpu"
+    if on_cpu and config.host_memory is not None:
+        raise ValueError(
+            f"host_memory is {config.host_memory}, and on a CPU that is what --expert-memory sets; leave it out"
+        )
     budget = parse_budget(config.expert_memory, total, "expert_memory")
     if budget >= total:
         log.info("expert_memory %s is room for all experts, %s", config.expert_memory, format_size(total))
@@ -83,7 +90,8 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint) -> OffloadPlan | No
         raise ValueError("expert_memory: the experts of this model's layers differ in shape; leave it out")
     files = ExpertFiles(readers)
     files.close()
-    size = share_out(budget, readers[0].nbytes, files.buffer_bytes)
+    # A GPU's slots are filled from host memory: the buffers are there.
+    size = share_out(budget, readers[0].nbytes, files.buffer_bytes if on_cpu else 0)
     experts = max(spec.num_experts for spec in specs)
     slots = min(size.slots, len(specs) * experts)
     floor = min(*(spec.top_k for spec in specs), slots // len(specs), experts)
@@ -97,17 +105,23 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint) -> OffloadPlan | No
             "residency is predicted, and no predictor was trained for this model; name one with --predictor FILE, or"
             " use --residency default"
         )
-    return OffloadPlan(size=size, budget=shared, residency=residency, predictors=predictors)
+    host_bytes = None if on_cpu else host_budget(config.host_memory, total, sharing)
+    return OffloadPlan(size=size, budget=shared, residency=residency, predictors=predictors, host_bytes=host_bytes)
 
 
 class CheckpointSource:
-    """Experts from the checkpoint's own files, past the page cache where that is possible, the most urgent first."""
+    """Experts from the checkpoint's own files, past the page cache where that is possible, the most urgent first. With
+    `host` from host memory, and from the files those that are not there.
+    """
 
-    def __init__(self, files: ExpertFiles, pools: Sequence[ExpertPool], size: StoreSize) -> None:
+    def __init__(
+        self, files: ExpertFiles, pools: Sequence[ExpertPool], size: StoreSize, host: HostExperts | None = None
+    ) -> None:
+        self.host = host
         self._files = files
         self._pools = pools
         buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
-        self._readers = Readers(files, buffers, threads=size.readers)
+        self._readers = Readers(host or files, buffers, threads=size.readers)
         self._nbytes_LE = [
             [sum(extent.nbytes for extent in files.extents(layer, expert)) for expert in range(experts)]
             for layer, experts in enumerate(files.num_experts_L)
@@ -115,6 +129,8 @@ class CheckpointSource:
 
     def fetch(self, layer: int, expert: int, place: int, priority: Priority) -> Read:
         """As `store.Source` says, and so are the others."""
+        if self.host is not None:
+            self.host.mark()
         return self._readers.submit(layer, expert, self._pools[layer].views(place), priority)
 
     def promote(self, read: Future[Any], priority: Priority) -> None:
@@ -136,12 +152,15 @@ class CheckpointSource:
 class Offload:
     """The store of a model's layers, and how each runs from it."""
 
-    def __init__(self, plan: OffloadPlan, layers: Sequence[MoELayer]) -> None:
+    def __init__(self, plan: OffloadPlan, layers: Sequence[MoELayer], *, progress: bool = False) -> None:
         self.plan = plan
         pools = [layer.pool for layer in layers]
         files = ExpertFiles([pool.reader for pool in pools])
         files.drop_cached_pages()
-        self.source = CheckpointSource(files, pools, plan.size)
+        host = None
+        if plan.host_bytes is not None:
+            host = HostExperts(files, pools, plan.host_bytes, plan.size.readers, progress=progress)
+        self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
         # A demand that finds the disk busy with a wrong guess waits for a piece; a right one saves an expert's reading.
         least_chance = PIECE_BYTES / (PIECE_BYTES + plan.size.expert)
@@ -204,6 +223,7 @@ class OffloadedLayer:
         # Experts are numbered in the order in which they run, so that each group's rows follow each other.
         order_E = torch.full(counts_E.shape, -1)
         order_E[list(visit.experts)] = torch.arange(len(visit.experts))
+        order_E = order_E.to(ids_TK.device)
         order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
         starts = [0, *itertools.accumulate(counts[expert] for expert in visit.experts)]
         few = layer.takes_few_rows(ids_TK.numel(), len(counts))

@@ -19,6 +19,7 @@ from test_dispatchers import (
     table_of,
     wanted,
 )
+from test_offload import MANY
 from test_parity import generate, prompts, reference
 from test_ranks import check_tokens, run_ranks, shared_out
 
@@ -56,6 +57,23 @@ def test_bfloat16_runs_and_frees_its_blocks(architecture, tmp_path):
     assert all(len(tokens) == 16 for tokens in out)
     assert engine.stats(False).kv_blocks_used == 0
     engine.close()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("options", [{}, {"host_memory": "50%"}, {"residency": "lru"}])
+@pytest.mark.parametrize("memory", ["50%", "25%", "6.3%"])
+def test_experts_come_to_a_gpu_from_host_memory(architecture, options, memory, tmp_path):
+    path = tiny.save(architecture, tmp_path / architecture, **MANY[architecture])
+    ids = prompts(100, 4)
+    config = {"model": str(path), "dtype": "float32", "device": "cuda", "progress": False, "expert_memory": memory}
+    engine = Engine(EngineConfig(**config, **options))
+    ours = generate(engine, ids, 10)
+    stats, host = engine.stats(with_experts=False), engine._offload.source.host
+    size = engine._offload.plan.size
+    engine.close()
+    assert ours == reference(path, ids, 10)
+    assert stats.expert_misses > 0 and host.pinned
+    assert size.reading == 0 and size.nbytes <= engine.info["expert_bytes"]
 
 
 def dispatchers_on(group):

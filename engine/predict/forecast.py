@@ -42,7 +42,7 @@ class Forecast:
         if not self.predictors:
             return
         worth_TK = weights_TK.float().masked_fill(ids_TK < 0, -torch.inf)
-        sorted_TK = ids_TK.gather(-1, worth_TK.argsort(dim=-1, descending=True, stable=True)).numpy()
+        sorted_TK = ids_TK.gather(-1, worth_TK.argsort(dim=-1, descending=True, stable=True)).cpu().numpy()
         for predictor in self.predictors:
             predictor.routed(layer, sorted_TK)
 
