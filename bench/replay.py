@@ -1,15 +1,16 @@
 """`moeyard bench replay`: residency policies on recorded routing: hits, experts read and copied, and how near the best.
 
 Every policy replays the same tokens, one token a step, one event per layer and step. `predicted` keeps what a model of
-the routing says will be used; it is fitted first, on the domains of `--fit`, and never on text that is scored. Oracles
-know the future: Belady's rule all of it, `foresight-N` the next N tokens.
+the routing says will be used, and decides when a step is over; `predicted-live` decides layer by layer, as the engine
+does. The model is fitted first, on the domains of `--fit`, and never on text that is scored. Oracles know the future:
+Belady's rule all of it, `foresight-N` the next N tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,20 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ..engine.config import parse_size
+from ..engine.predict.base import Predictor, Rows
 from ..kernels.environment import usable_cores
 from ..scheduler.residency.oracles import Belady, Foresight
-from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedUse, default_policy
+from ..scheduler.residency.policies import (
+    LFRU,
+    LFU,
+    LRU,
+    DecayedFrequency,
+    PredictedNow,
+    PredictedUse,
+    default_policy,
+)
 from ..scheduler.residency.replay import Tally, replay
-from ..scheduler.residency.slots import Budget, Policy
+from ..scheduler.residency.slots import Budget, Context, Decision, Policy
 from .moe_shapes import SHAPES
 from .replay_report import Row, figures, picture, result_table
 from .report import emit
@@ -45,7 +55,8 @@ POLICIES: dict[str, Callable[[Budget, TokenTrace], Policy]] = {
     "belady": lambda budget, trace: Belady(budget, trace.topk_TLK, bypass=False),
     "belady-bypass": lambda budget, trace: Belady(budget, trace.topk_TLK, bypass=True),
 }
-NAMES = (*list(POLICIES)[:5], "predicted", *list(POLICIES)[5:])
+PREDICTED = ("predicted", "predicted-live")
+NAMES = (*list(POLICIES)[:5], *PREDICTED, *list(POLICIES)[5:])
 LAYOUTS = ("per-layer", "pooled")
 
 
@@ -54,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trace", required=True, metavar="FILE", help="routing token by token, .npz with topk [T, L, K] and seq_start"
     )
     parser.add_argument(
-        "--policies", metavar="NAME,NAME", help=f"of {', '.join(NAMES)} (default: all; predicted needs --fit)"
+        "--policies",
+        metavar="NAME,NAME",
+        help=f"of {', '.join(NAMES)} (default: all; {' and '.join(PREDICTED)} need --fit)",
     )
     parser.add_argument(
         "--residents",
@@ -67,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout", choices=LAYOUTS, default="per-layer", help="a cache per layer, or one for all (default: per-layer)"
     )
     parser.add_argument("--floor", type=int, metavar="N", help="slots each layer keeps with pooled (default: top-k)")
-    parser.add_argument("--fit", metavar="DOMAINS", help="names or patterns, commas between: fit `predicted` on them")
+    parser.add_argument("--fit", metavar="DOMAINS", help="names or patterns, commas between: fit predictions on them")
     parser.add_argument("--score", metavar="DOMAINS", help="replay only these (default: all that --fit leaves)")
     parser.add_argument("--tokens", type=int, metavar="N", help="replay the first N tokens (default: all)")
     parser.add_argument(
@@ -118,13 +131,14 @@ def run(args: argparse.Namespace) -> int:
         for name in names
     ]
     predictor = None
-    if "predicted" in names:
+    if _predicting(names):
         from ..engine.next_use import NextUse
 
         fit = trace.of(fitted)
         with tqdm(total=2 * len(fit.topk_TLK), desc="fit", unit="token", disable=None, delay=2, leave=False) as bar:
             predictor = NextUse.fit(fit.topk_TLK, fit.start_S, trace.experts, digest=trace.digest, progress=bar.update)
         if args.save_predictor:
+            predictor = predictor.with_next_token(fit.topk_TLK, fit.start_S)
             predictor.save(args.save_predictor)
     tallies: list[Tally] = []
     with tqdm(total=len(tasks), unit="replay", disable=None, delay=2, leave=False) as bar:
@@ -137,8 +151,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     print(_title(args, score, fitted, scored, budgets))
     print(result_table(rows, expert_bytes))
-    if "predicted" not in names and args.policies is None:
-        print("predicted is left out: it needs --fit, the domains to fit it on")
+    if not _predicting(names) and args.policies is None:
+        print(f"{' and '.join(PREDICTED)} are left out: they need --fit, the domains to fit them on")
     if args.picture:
         try:
             Path(args.picture).write_text(picture(rows), encoding="utf-8")
@@ -162,15 +176,22 @@ def shares(text: str) -> list[float]:
 
 def policies(text: str | None, fitted: bool) -> list[str]:
     """In the order of NAMES, with the references. Raises ValueError for unknown ones, and predicted without a fit."""
-    wanted = text.split(",") if text is not None else [name for name in NAMES if fitted or name != "predicted"]
+    wanted = text.split(",") if text is not None else [name for name in NAMES if fitted or name not in PREDICTED]
     unknown = [name for name in wanted if name not in NAMES]
     if unknown or len(set(wanted)) < len(wanted):
         raise ValueError(f"--policies is {text!r}; give different ones of {', '.join(NAMES)}")
-    if "predicted" in wanted and not fitted:
-        raise ValueError("--policies has predicted, which needs --fit, the domains to fit it on")
-    if fitted and "predicted" not in wanted:
-        raise ValueError("--fit is only of use with the policy predicted; add it to --policies, or leave --fit out")
+    if _predicting(wanted) and not fitted:
+        raise ValueError(f"--policies has {_predicting(wanted)[0]}, which needs --fit, the domains to fit it on")
+    if fitted and not _predicting(wanted):
+        raise ValueError(
+            f"--fit is only of use with the policies {' and '.join(PREDICTED)}; add one of them to --policies, or leave"
+            " --fit out"
+        )
     return [name for name in NAMES if name in wanted or name in REFERENCES]
+
+
+def _predicting(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name in PREDICTED]
 
 
 def _check(args: argparse.Namespace, names: Sequence[str]) -> None:
@@ -181,8 +202,10 @@ def _check(args: argparse.Namespace, names: Sequence[str]) -> None:
     if args.floor is not None and args.layout != "pooled":
         raise ValueError("--floor is of use with --layout pooled; a cache per layer has its own slots")
     for name in ("margin", "save_predictor"):
-        if getattr(args, name) is not None and "predicted" not in names:
-            raise ValueError(f"--{name.replace('_', '-')} is of use with the policy predicted, which needs --fit")
+        if getattr(args, name) is not None and not _predicting(names):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of use with the policies {' and '.join(PREDICTED)}, which need --fit"
+            )
     if args.shape and args.expert_bytes:
         raise ValueError("--shape and --expert-bytes say the same; give one")
     for path in filter(None, (args.picture, args.save_predictor)):
@@ -206,7 +229,7 @@ def _title(
     names = ", ".join(sorted(name for name in scored if name)) or Path(args.trace).stem
     layers, experts, top_k = score.layers, next(iter(budgets.values())).experts, score.topk_TLK.shape[2]
     text = f"{len(score.topk_TLK)} tokens of {names}; {layers} layers of {experts} experts, top-{top_k}, {args.layout}"
-    return text + (f"; predicted is fitted on {', '.join(sorted(fitted))}" if fitted else "")
+    return text + (f"; predictions are fitted on {', '.join(sorted(fitted))}" if fitted else "")
 
 
 def _of(tasks: Sequence[Task], tallies: Sequence[Tally], policy: str, like: Task) -> Tally:
@@ -252,9 +275,35 @@ def _task(task: Task) -> Tally:
 
 
 def _one(task: Task, trace: TokenTrace, predictor: NextUse | None) -> Tally:
-    if task.policy != "predicted":
+    if task.policy not in PREDICTED:
         return replay(POLICIES[task.policy](task.budget, trace), trace.topk_TLK, warm_up=task.warm_up)
     assert predictor is not None
+    if task.policy == "predicted-live":
+        from ..engine.predict.next_use import LiveNextUse
+
+        live = LivePolicy(task.budget, task.margin, LiveNextUse(predictor, sequences=1), trace)
+        return replay(live, trace.topk_TLK, warm_up=task.warm_up)
     scores_TLE = predictor.scores(trace.topk_TLK, trace.start_S)
     policy = PredictedUse(task.budget, task.margin)
     return replay(policy, trace.topk_TLK, lambda step: scores_TLE[step], warm_up=task.warm_up)
+
+
+class LivePolicy(PredictedNow):
+    """With a predictor that is told the trace's routing layer by layer, each before the policy decides."""
+
+    def __init__(self, budget: Budget, margin: float, predictor: Predictor, trace: TokenTrace) -> None:
+        super().__init__(budget, margin)
+        self._predictor = predictor
+        self._trace = trace
+
+    def step(self, layer: int, experts: Iterable[int], context: Context) -> Decision:
+        now = context.step
+        if now != self._step:
+            start = int(self._trace.start_S[self._trace.start_S <= now][-1])
+            self._predictor.begin_step([Rows(request_id="", first=0, token_ids=[0], start=now - start)])
+        self._predictor.routed(layer, self._trace.topk_TLK[now, layer][None])
+        return super().step(layer, experts, Context(step=now, scores_LE=self._predictor.future()))
+
+    def settle(self, context: Context) -> Decision:
+        self._predictor.end_step()
+        return super().settle(context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from moeyard.bench import replay as bench
 from moeyard.bench.replay_report import Row, figures, picture
 from moeyard.bench.token_trace import read_token_trace, split_domains
 from moeyard.engine.next_use import NextUse
+from moeyard.engine.predict.base import Predictor, Rows
 from moeyard.scheduler.residency.policies import LRU
 from moeyard.scheduler.residency.replay import Tally, replay
 from moeyard.scheduler.residency.slots import Budget
@@ -69,14 +71,15 @@ def test_the_command(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert 0 < found["copies_used_lru"] < found["copies_used_belady_bypass"] <= 1
     ahead = [found[f"excess_closed_foresight_{window}"] for window in (1, 4, 16)]
     assert ahead[0] < ahead[1] <= ahead[2] <= 1
-    for name in ("lfu", "lfru", "decayed", "default", "predicted", "belady"):
+    for name in ("lfu", "lfru", "decayed", "default", "predicted", "predicted_live", "belady"):
         assert found[f"excess_closed_{name}"] <= 1 and f"hit_rate_{name}_50" in found
         assert found[f"hit_rate_{name}_50"] > found[f"hit_rate_{name}"]
     assert found["copies_default"] < 0.5 < found["copies_lfru"]
     rows = json.loads(json_path.read_text())["samples"]["rows"]
     assert len(rows) == 2 * len(bench.NAMES) and json_path.read_text().count('"law"') == 1
     assert ET.parse(picture_path).getroot().tag.endswith("svg")
-    assert NextUse.load(str(tmp_path / "p.npz"), "abc").experts == EXPERTS
+    saved = NextUse.load(str(tmp_path / "p.npz"), "abc")
+    assert saved.experts == EXPERTS and saved.next_token is not None
 
 
 def test_processes_find_the_same(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,9 +110,31 @@ def test_a_higher_margin_copies_less(trace: str, capsys: pytest.CaptureFixture[s
     assert high["figures"]["copies_predicted"] < low["figures"]["copies_predicted"]
 
 
+def test_the_live_policy_decides_after_it_has_told_the_layer(trace: str) -> None:
+    """Its predictor wants what the layer has just used; each sequence begins at its first token."""
+    told = []
+
+    class Fake(Predictor):
+        def begin_step(self, rows: Sequence[Rows]) -> None:
+            told.append(rows[0].start)
+            self.scores_LE = np.zeros((LAYERS, EXPERTS), dtype=np.float32)
+
+        def routed(self, layer: int, ids_TK: np.ndarray) -> None:
+            self.scores_LE[layer, ids_TK[0]] = 1
+
+        def future(self) -> np.ndarray:
+            return self.scores_LE
+
+    short = read_token_trace(trace).first(60)
+    policy = bench.LivePolicy(Budget.per_layer(LAYERS, EXPERTS, 2), 0.5, Fake(), short)
+    tally = replay(policy, short.topk_TLK)
+    assert told == [t % 24 for t in range(60)]
+    assert tally.copies == tally.misses > 0  # with slots for just what a token uses, all it misses is worth more
+
+
 def test_without_a_fit_predicted_is_left_out_aloud(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     made, out = report(capsys, "--trace", trace, "--tokens", "9", "--residents", "0.25", "--jobs", "1")
-    assert "predicted is left out" in out and "hit_rate_predicted" not in made["figures"]
+    assert "predicted and predicted-live are left out" in out and "hit_rate_predicted" not in made["figures"]
 
 
 @pytest.mark.parametrize(
@@ -121,13 +146,14 @@ def test_without_a_fit_predicted_is_left_out_aloud(trace: str, capsys: pytest.Ca
         (["--fit", "empty"], "no domain 'empty'"),
         (["--policies", "lru,mru"], "--policies is"),
         (["--policies", "predicted"], "needs --fit"),
-        (["--policies", "lru", "--fit", "law"], "only of use with the policy predicted"),
+        (["--policies", "predicted-live"], "has predicted-live, which needs --fit"),
+        (["--policies", "lru", "--fit", "law"], "only of use with the policies predicted"),
         (["--residents", "0.25,0.25"], "--residents is"),
         (["--residents", "25"], "--residents is"),
         (["--residents", "x"], "--residents is"),
         (["--floor", "1"], "--floor is of use with --layout pooled"),
         (["--layout", "pooled", "--floor", "5", "--residents", "0.25"], "--floor is 5"),
-        (["--margin", "0.5"], "--margin is of use with the policy predicted"),
+        (["--margin", "0.5"], "--margin is of use with the policies predicted"),
         (["--margin", "-1", "--fit", "law"], "--margin is -1"),
         (["--save-predictor", "x.npz"], "--save-predictor is of use with"),
         (["--tokens", "0"], "--tokens is 0"),

@@ -15,7 +15,7 @@ from numba import njit
 Array = npt.NDArray[Any]
 
 REACH = 1024
-"""Tokens of a chunk that are counted, the last ones: those before weigh less than 2 ** -15 at any half-life up to 64."""
+"""Tokens of a chunk that are counted, the last ones: at half-lives up to 64 those before weigh less than 2 ** -15."""
 
 
 @njit(cache=True)
