@@ -115,6 +115,11 @@ class ExpertFiles:
         log.info("experts are read from %d files %s", len(self._files), how)
 
     @property
+    def readers(self) -> list[ExpertReader]:
+        """Of each layer."""
+        return list(self._readers)
+
+    @property
     def num_experts_L(self) -> list[int]:
         """Experts of each layer."""
         return [r.spec.num_experts for r in self._readers]

@@ -13,7 +13,7 @@ import torch
 from moeyard.__main__ import main
 from moeyard.bench import analyze
 from moeyard.bench.line_chart import Chart, line_charts, nice
-from moeyard.bench.offload_speed import Machine, Need, Speed, speed, verdict
+from moeyard.bench.offload_speed import verdict
 from moeyard.bench.record import record
 from moeyard.bench.token_trace import ModelFacts, TokenTrace, read_token_trace, write_token_trace
 from moeyard.engine.config import EngineConfig
@@ -22,6 +22,7 @@ from moeyard.engine.resolve import EMBEDDED
 from moeyard.kernels.environment import ENVIRONMENT
 from moeyard.launch import machine
 from moeyard.scheduler.locality import hit_rate, segment_groups, segment_hit_rate
+from moeyard.scheduler.offload_cost import Machine, Need, Speed, speed
 from moeyard.scheduler.residency.policies import LRU
 from moeyard.scheduler.residency.replay import replay
 from moeyard.scheduler.residency.slots import Budget
@@ -30,12 +31,13 @@ OPTIONS = ("--dtype", "float32", "--device", "cpu", "--threads", "1", "--kv-memo
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, tmp_path):
     """No second of measuring, and no environment left behind."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
     monkeypatch.setattr(machine, "read_rate", lambda device: 1e10)
-    monkeypatch.setattr("moeyard.bench.disk_rate.CASE_S", 0.01)
+    monkeypatch.setattr("moeyard.engine.measure_disk.CASE_S", 0.01)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture(scope="module")

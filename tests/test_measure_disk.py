@@ -13,8 +13,9 @@ from moeyard.__main__ import main
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.expert_files import BLOCK, PIECE_BYTES, ExpertFiles
 from moeyard.engine.loader import draw
-from moeyard.engine.measure_disk import DiskCost, measure_disk
+from moeyard.engine.measure_disk import measure_disk
 from moeyard.scheduler.cost import LinkCost
+from moeyard.scheduler.offload_cost import DiskCost
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "cached"])
@@ -23,12 +24,12 @@ def test_experts_blocks_and_whole_files_are_timed(direct: bool, tmp_path: Path) 
     blueprint = draw(EngineConfig(model=str(path), dtype="float32", device="cpu"), path)
     readers = [blueprint.weights.reader(spec) for spec in blueprint.spec.experts]
     files = ExpertFiles(readers, direct=direct)
-    cost = measure_disk(files, in_flight=(1, 3), case_s=0.01, rounds=2)
+    cost, samples = measure_disk(files, in_flight=(1, 3), case_s=0.01, rounds=2)
     assert cost.expert_bytes == readers[0].nbytes
-    assert {n: [nbytes for nbytes, _ in s] for n, s in cost.samples.items() if n} == {
+    assert {n: [nbytes for nbytes, _ in s] for n, s in samples.items() if n} == {
         n: [readers[0].nbytes, BLOCK] * 2 for n in (1, 3)
     }
-    assert all(0 < nbytes <= PIECE_BYTES and ns > 0 for nbytes, ns in cost.samples[0]) and len(cost.samples[0]) == 2
+    assert all(0 < nbytes <= PIECE_BYTES and ns > 0 for nbytes, ns in samples[0]) and len(samples[0]) == 2
     assert set(cost.reads) == {1, 3} and cost.sequential_fs_per_byte > 0 and cost.best in (1, 3)
 
 
@@ -49,7 +50,7 @@ def test_several_reads_are_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_best_number_in_flight_is_the_fewest_that_are_soonest() -> None:
     def cost(reads: dict[int, LinkCost], expert_bytes: int) -> DiskCost:
-        return DiskCost(reads=reads, sequential_fs_per_byte=1, expert_bytes=expert_bytes, samples={})
+        return DiskCost(reads=reads, sequential_fs_per_byte=1, expert_bytes=expert_bytes)
 
     reads = {1: LinkCost(100, 10**6), 4: LinkCost(50, 10**6), 8: LinkCost(50, 10**6)}
     assert cost(reads, 1000).best == 4
