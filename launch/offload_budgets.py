@@ -66,7 +66,7 @@ class Budgets:
             f" {self.disk.date:%Y-%m-%d})"
         )
         share = need.expert_bytes * need.experts
-        titles = ("expert memory", "", "stay", "hits", "tokens/s", "the next GiB, or the rest: hits", "tokens/s", "")
+        titles = ("for experts", "", "stay", "hits", "tokens/s", "the next GiB, or the rest: hits", "tokens/s", "")
         cells = [titles]
         for row in self.rows:
             first = (f"{100 * row.budget / share:.3g} %", format_size(row.budget))
@@ -187,7 +187,7 @@ def _slots(config: EngineConfig, blueprint: Blueprint, text: str) -> int | None:
     from ..engine.offload import plan_offload
 
     try:
-        plan = plan_offload(replace(config, expert_memory=text), blueprint)
+        plan = plan_offload(_with(config, text), blueprint)
     except ValueError:
         return None
     return blueprint.footprint.num_experts if plan is None else plan.budget.slots
@@ -215,8 +215,13 @@ def suggestion(config: EngineConfig, blueprint: Blueprint, free: float) -> str |
         kv_blocks(config, blueprint.device, size.kv_per_token, length, free - size.dense - budget)
     except ValueError:
         return None
-    plan_offload(replace(config, expert_memory=text), blueprint)
+    plan_offload(_with(config, text), blueprint)
     return text
+
+
+def _with(config: EngineConfig, expert_memory: str) -> EngineConfig:
+    """As many experts stay whichever policy chooses them."""
+    return replace(config, expert_memory=expert_memory, residency="default", predictor="none")
 
 
 # Text

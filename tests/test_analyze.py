@@ -16,6 +16,7 @@ from moeyard.bench.line_chart import Chart, line_charts, nice
 from moeyard.bench.offload_speed import verdict
 from moeyard.bench.record import record
 from moeyard.bench.token_trace import ModelFacts, TokenTrace, read_token_trace, write_token_trace
+from moeyard.engine import constants
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.recorder import RoutingRecorder
 from moeyard.engine.resolve import EMBEDDED
@@ -105,6 +106,13 @@ def test_the_command(texts, tmp_path, capsys):
     assert found["tokens_per_s_25"] <= found["tokens_per_s_50"] <= found["tokens_per_s_100"]
     assert 0 < found["missed_50"] < found["missed_25"] < 32
     assert ET.parse(picture).getroot().tag.endswith("svg")
+
+    # `plan` goes by it
+    (kept,) = constants.find("routing", digest=trace.digest)
+    assert kept.values.tokens == 200 and kept.values.shares == (0.25, 0.5, 1.0)
+    assert kept.values.default[0] == pytest.approx(found["missed_25"], rel=1e-4)
+    assert main(["plan", "--expert-memory", "25%", *OPTIONS]) == 0
+    assert "at most as in this model's routing of 200 tokens" in capsys.readouterr().out
 
     # the same from the file, and with a bandwidth at which nothing can hide
     again = ("--from-trace", str(trace_path), "--jobs", "1", "--device", "cpu")
