@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..engine.config import parse_size
 from ..kernels.environment import usable_cores
+from ..scheduler.residency.compiled_replay import replay_compiled
 from ..scheduler.residency.oracles import Belady, Foresight
 from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedUse, default_policy
 from ..scheduler.residency.replay import Tally, replay
@@ -253,7 +254,9 @@ def _task(task: Task) -> Tally:
 
 def _one(task: Task, trace: TokenTrace, predictor: NextUse | None) -> Tally:
     if task.policy != "predicted":
-        return replay(POLICIES[task.policy](task.budget, trace), trace.topk_TLK, warm_up=task.warm_up)
+        policy = POLICIES[task.policy](task.budget, trace)
+        tally = replay_compiled(policy, trace.topk_TLK, task.warm_up)
+        return tally if tally is not None else replay(policy, trace.topk_TLK, warm_up=task.warm_up)
     assert predictor is not None
     scores_TLE = predictor.scores(trace.topk_TLK, trace.start_S)
     policy = PredictedUse(task.budget, task.margin)

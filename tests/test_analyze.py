@@ -111,7 +111,7 @@ def test_the_command(texts, tmp_path, capsys):
     (kept,) = constants.find("routing", digest=trace.digest)
     assert kept.values.tokens == 200 and kept.values.shares == (0.25, 0.5, 1.0)
     assert kept.values.default[0] == pytest.approx(found["missed_25"], rel=1e-4)
-    assert main(["plan", "--expert-memory", "25%", *OPTIONS]) == 0
+    assert main(["plan", "--expert-memory", "25%", "--max-model-len", "64", *OPTIONS]) == 0
     assert "at most as in this model's routing of 200 tokens" in capsys.readouterr().out
 
     # the same from the file, and with a bandwidth at which nothing can hide
