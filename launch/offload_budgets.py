@@ -62,8 +62,8 @@ class Budgets:
         how = "weights" if need.experts_s is None else "experts as measured, other weights"
         yield (
             f"one request, by the model: computing a token takes {_ms(need.compute_s(rate))} ({how} at"
-            f" {rate.memory / 1e9:.3g} GB/s), reading a missed expert {_ms(need.read_s(rate, 1))} (disk, measured"
-            f" {self.disk.date:%Y-%m-%d})"
+            f" {rate.memory / 1e9:.3g} GB/s), reading a missed expert {_ms(need.read_s(rate, 1))}"
+            f" ({rate.source})"
         )
         share = need.expert_bytes * need.experts
         titles = ("for experts", "", "stay", "hits", "tokens/s", "the next GiB, or the rest: hits", "tokens/s", "")
@@ -126,7 +126,13 @@ def budgets(config: EngineConfig, blueprint: Blueprint, free: float, suggested: 
         stored_bytes=disk.values.expert_bytes,
         experts_s=profile.experts_s(config, blueprint),
     )
-    rate = Machine(bandwidth=disk.values.bytes_per_s, memory=machine.read_rate(blueprint.device.type), free=int(free))
+    missed_s, tiers = _missed(config, blueprint, disk.values)
+    rate = Machine(
+        bandwidth=disk.values.expert_bytes / missed_s,
+        memory=machine.read_rate(blueprint.device.type),
+        free=int(free),
+        source=f"{tiers}, measured {disk.date:%Y-%m-%d}",
+    )
     checkpoint = blueprint.weights.checkpoint
     key = {"digest": checkpoint.fingerprint, "layers": len(specs), "experts": max(s.num_experts for s in specs)}
     checkpoint.close()
@@ -139,6 +145,21 @@ def budgets(config: EngineConfig, blueprint: Blueprint, free: float, suggested: 
     else:
         curve, source = _published(top_k, size.num_experts)
     return _table(config, blueprint, suggested, curve, need, rate, disk, source)
+
+
+def _missed(config: EngineConfig, blueprint: Blueprint, disk: DiskCost) -> tuple[float, str]:
+    """Seconds until a missed expert is there, on average, and from where it comes."""
+    from ..engine.host_experts import host_budget
+
+    disk_s, size = disk.time_ns(1, disk.best) / 1e9, blueprint.footprint
+    if blueprint.device.type == "cpu":
+        return disk_s, "disk"
+    rate = machine.host_to_gpu_rate()
+    from_disk = 1 - min(host_budget(config.host_memory, size.experts) // size.expert / size.num_experts, 1)
+    tiers = f"host memory at {rate / 1e9:.3g} GB/s" + (
+        f", {from_disk:.0%} of them from disk before" if from_disk else ""
+    )
+    return size.expert / rate + from_disk * disk_s, tiers
 
 
 def _published(top_k: int, experts: int) -> tuple[HitCurve, str]:

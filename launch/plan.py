@@ -19,6 +19,8 @@ from . import offload_budgets, profile
 
 if TYPE_CHECKING:
     from ..engine.loader import Blueprint
+    from ..engine.memory import Footprint
+    from ..engine.offload import OffloadPlan
 
 
 def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
@@ -67,11 +69,12 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
         experts, slots = sum(slots * nbytes for slots, nbytes in layers), sum(slots for slots, _ in layers)
         note = f"room for {slots} of {size.num_experts} experts"
     offload = plan_offload(config, blueprint) if ranks == 1 else None
+    below: list[tuple[str, float, str]] = []
     if offload is not None:
         store = offload.size
         experts = store.nbytes
         note = f"{store.slots} of {size.num_experts} experts stay, {store.staging} at a time pass through,"
-        others = size.num_experts - offload.budget.slots
+        below += _below(offload, size)
     left = free - size.dense - experts
     where = "RAM" if on_cpu else "GPU"
     total = f"of {format_size(_total(blueprint.device.type))}"
@@ -83,11 +86,7 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
             experts,
             f"{note} in {len(blueprint.spec.experts)} layers, {format_size(size.expert)} each",
         ),
-        *(
-            [("read from disk", others * size.expert, f"the other {others} experts, when they are needed")]
-            if offload is not None
-            else []
-        ),
+        *below,
         (f"free {where}", free, f"{total}, for {ranks} ranks on this machine" if on_cpu and ranks > 1 else total),
         ("left for KV cache", max(left, 0), f"{format_size(size.kv_per_token)} per token"),
     ]
@@ -110,6 +109,18 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
         f"{' on each rank' if ranks > 1 else ''}"
     )
     return 0
+
+
+def _below(offload: OffloadPlan, size: Footprint) -> list[tuple[str, float, str]]:
+    """The rows of the experts that have no place on the device: in a GPU's host memory, and on disk."""
+    if offload.host_bytes is None:
+        others = size.num_experts - offload.budget.slots
+        return [("read from disk", others * size.expert, f"the other {others} experts, when they are needed")]
+    kept = min(offload.host_bytes // size.expert, size.num_experts)
+    rows: list[tuple[str, float, str]] = [("host memory", kept * size.expert, f"{kept} of {size.num_experts} experts")]
+    if others := size.num_experts - kept:
+        rows.append(("read from disk", others * size.expert, f"the other {others} experts, when they are needed"))
+    return rows
 
 
 def _total(device: str) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from moeyard.__main__ import main
 from moeyard.bench.analyze import keep_routing
@@ -17,7 +18,7 @@ from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.loader import draw
 from moeyard.engine.offload import plan_offload
-from moeyard.launch import machine, offload_budgets
+from moeyard.launch import machine, offload_budgets, plan, profile
 from moeyard.launch.plan import run
 from moeyard.scheduler.cost import ExpertCost, LinkCost, RankConstants
 from moeyard.scheduler.offload_cost import DiskCost, Speed
@@ -193,6 +194,28 @@ def test_what_does_not_fit_gets_a_suggestion(qwen, capsys, monkeypatch):
     assert "a part of the experts cannot be in memory: expert_memory gives 10 B" in capsys.readouterr().out
     assert run(dataclasses.replace(config, ep=2)) == 1
     assert "--expert-memory" not in capsys.readouterr().out
+
+
+def test_a_gpu_fills_its_slots_from_host_memory(qwen, monkeypatch):
+    """A missed expert takes its copy, and its reading where it is not in host memory."""
+    monkeypatch.setattr(machine, "host_to_gpu_rate", lambda: EXPERT * 2000.0)  # half a millisecond
+    monkeypatch.setattr(profile, "experts_s", lambda config, blueprint: 0.002)
+    blueprint = dataclasses.replace(draw_of(EngineConfig(model=str(qwen), **OPTIONS)), device=torch.device("cuda"))
+    for host_memory, missed_s, says in (
+        ("100%", 0.0005, "(host memory at 0.0276 GB/s, measured"),
+        ("50%", 0.001, "(host memory at 0.0276 GB/s, 50% of them from disk before, measured"),
+    ):
+        config = EngineConfig(model=str(qwen), expert_memory="50%", host_memory=host_memory, **OPTIONS)
+        found = offload_budgets.budgets(config, blueprint, 2**30)
+        assert found.need.read_s(found.machine, 2) == pytest.approx(2 * missed_s)
+        assert says in next(iter(found.lines()))
+        slots = found.chosen.now.slots
+        slow = 9 * (1 - slots / EXPERTS) * missed_s + 0.002 + found.need.dense_bytes / 1e9
+        assert found.chosen.now.tokens_per_s[0] == pytest.approx(1 / slow)
+        rows = plan._below(plan_offload(config, blueprint), blueprint.footprint)
+        kept = EXPERTS if host_memory == "100%" else EXPERTS // 2
+        assert rows[0] == ("host memory", kept * EXPERT, f"{kept} of {EXPERTS} experts")
+        assert [name for name, _, _ in rows[1:]] == ["read from disk"] * (kept < EXPERTS)
 
 
 def test_a_model_that_fits_is_not_measured(qwen, capsys, monkeypatch):
