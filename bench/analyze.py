@@ -1,8 +1,8 @@
 """`moeyard analyze`: how local a model's routing is on given texts, and what offloading its experts would cost here.
 
 The engine runs the texts and records which experts each token uses; or a recorded trace is read. The measures are in
-`scheduler/locality.py`, the modelled times in `offload_speed.py`; the misses at each budget are those of the engine's
-policies, replayed.
+`scheduler/locality.py`, the modelled times in `scheduler/offload_cost.py`; the misses at each budget are those of the
+engine's policies, replayed, and are kept for `moeyard plan`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from ..engine.config import FOR_SEVERAL_RANKS, EngineConfig, parse_size
 from ..kernels.environment import ENVIRONMENT, usable_cores
 from ..launch.cli import add_options, config_from
 from ..scheduler import locality
+from ..scheduler.offload_cost import Machine, Need, RoutingSummary, Speed, speed
 from ..scheduler.residency.slots import Budget
 from . import analyze_report
 from .analyze_report import LENGTHS, RATIOS, RULES, Locality
-from .offload_speed import Machine, Need, Speed, speed, verdict
+from .offload_speed import verdict
 from .replay import Task, replayed, shares
 from .report import emit
 from .token_trace import TokenTrace, read_token_trace, write_token_trace
@@ -86,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
         trace = _record(args, config)
     progress = config is None or config.progress
     found = measure(trace, progress)
-    machine = _machine(args, config, trace, device, free)
-    rows = _speeds(args, trace, residents, machine, progress) if machine is not None else []
+    setting = _setting(args, config, trace, device, free)
+    rows = _speeds(args, trace, residents, *setting, progress) if setting is not None else []
+    keep_routing(trace, rows)
     name = trace.model.name or Path(args.from_trace or "the embedded checkpoint").name
     print(
         f"{name}: {len(trace.topk_TLK)} tokens in {len(trace.start_S)} sequences; {trace.layers} MoE layers of"
@@ -95,10 +97,11 @@ def run(args: argparse.Namespace) -> int:
     )
     print(analyze_report.locality_tables(found))
     print()
-    if machine is not None:
+    if setting is not None:
+        need, machine = setting
         print(analyze_report.speed_table(rows, machine))
         print()
-        print(verdict(rows, _need(args, trace), machine))
+        print(verdict(rows, need, machine))
     else:
         print("The expected speed is left out: the trace does not say everything; give --expert-bytes and --bandwidth.")
     if args.picture:
@@ -204,10 +207,10 @@ def _device(args: argparse.Namespace) -> tuple[str, int]:
     return device.type, int(free_memory(device))
 
 
-def _machine(
+def _setting(
     args: argparse.Namespace, config: EngineConfig | None, trace: TokenTrace, device: str, free: int
-) -> Machine | None:
-    """This machine's rates; None where the trace and the options do not say enough."""
+) -> tuple[Need, Machine] | None:
+    """What a token needs and this machine's rates; None where the trace and the options do not say enough."""
     from ..launch.machine import host_to_gpu_rate, read_rate
 
     need = _need(args, trace)
@@ -218,19 +221,35 @@ def _machine(
     elif device == "cuda":
         bandwidth, source = host_to_gpu_rate(), "from the host's memory, measured"
     elif config is not None:
-        from .disk_rate import disk_rate
+        from .disk_rate import disk_cost
 
-        bandwidth, source = disk_rate(config)[0], "the disk, measured"
+        disk = disk_cost(config, progress=config.progress)
+        need = dataclasses.replace(need, stored_bytes=disk.expert_bytes)
+        bandwidth, source = disk.bytes_per_s, "the disk, measured"
     else:
         return None
-    return Machine(bandwidth=bandwidth, memory=read_rate(device), free=free, source=source)
+    return need, Machine(bandwidth=bandwidth, memory=read_rate(device), free=free, source=source)
+
+
+def keep_routing(trace: TokenTrace, rows: Sequence[Speed]) -> None:
+    """Keeps what the routing makes of the budgets beside the measured constants, for `moeyard plan` to go by. The
+    newest of a model counts. Nothing is kept where the trace does not say of which model it is.
+    """
+    from ..engine import constants
+
+    if not trace.digest or not rows:
+        return
+    key = {"digest": trace.digest, "layers": trace.layers, "experts": trace.experts}
+    columns = {"shares": "share", "default": "misses", "lru": "lru", "least": "least"}
+    values = {name: tuple(float(getattr(row, field)) for row in rows) for name, field in columns.items()}
+    constants.forget("routing", **key)
+    constants.save("routing", key, RoutingSummary(tokens=len(trace.topk_TLK), active=_active(trace), **values), {})
 
 
 def _speeds(
-    args: argparse.Namespace, trace: TokenTrace, residents: list[float], machine: Machine, progress: bool
+    args: argparse.Namespace, trace: TokenTrace, residents: list[float], need: Need, machine: Machine, progress: bool
 ) -> list[Speed]:
     """A row for each budget, by its size, and one for all experts."""
-    need = _need(args, trace)
     layers, top_k = trace.layers, trace.topk_TLK.shape[2]
     warm_up = len(trace.topk_TLK) // 2  # the first half fills the slots
     tasks = []

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..engine.config import format_size
+from ..launch.offload_budgets import rate_text
 from ..scheduler.locality import SegmentGroups, Skew
+from ..scheduler.offload_cost import Machine, Speed
 from .line_chart import Chart, line_charts
-from .offload_speed import Machine, Speed, rate_text
 from .report import table
 
 LENGTHS = (4, 8, 16, 32, 64, 128, 256)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"model: {config.model} has no experts to read; give a Mixture-of-Experts model")
     files = ExpertFiles([blueprint.weights.reader(spec) for spec in blueprint.spec.experts], direct=not args.cached)
     try:
-        cost = measure_disk(files, in_flight=counts, case_s=args.seconds, rounds=args.repeats, progress=True)
+        cost, samples = measure_disk(files, in_flight=counts, case_s=args.seconds, rounds=args.repeats, progress=True)
     finally:
         files.close()
     sequential = 1e9 / cost.sequential_fs_per_byte
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for n in counts:
         # Each turn timed whole experts, then blocks.
-        rate = spread([1e3 * nbytes / ns for nbytes, ns in cost.samples[n][::2]])
-        block_us = spread([ns / 1e3 for _, ns in cost.samples[n][1::2]])
+        rate = spread([1e3 * nbytes / ns for nbytes, ns in samples[n][::2]])
+        block_us = spread([ns / 1e3 for _, ns in samples[n][1::2]])
         rows.append(
             [
                 f"{n}",
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     print(table(["reads in flight", "MB/s, median (range)", "of sequential", "us per block", "ms per expert"], rows))
     how = "past the page cache" if files.direct else "through the page cache"
     print(f"\nfrom start to end: {sequential:.0f} MB/s; an expert: {cost.expert_bytes / 1e6:.2f} MB, {how}")
-    emit("disk", figures, {str(n) if n else "sequential": s for n, s in cost.samples.items()}, args.json)
+    emit("disk", figures, {str(n) if n else "sequential": s for n, s in samples.items()}, args.json)
     return 0
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..engine.checkpoint import Checkpoint
 from ..engine.config import EngineConfig, format_size
 from ..engine.next_use import NextUse
-from .disk_rate import disk_rate
+from .disk_rate import disk_cost
 from .report import emit, spread, table
 from .shapes import add_shape_options, resolve_model
 from .sides import Workload
@@ -220,7 +220,8 @@ class Bench:
         args = self.args
         big, small = (f"{share:g} %" for share in self.shares)
         step = {name: spread([s["step_s"] for s in self.samples[name]]).median for name in (*ours, *theirs)}
-        rate, expert_bytes = disk_rate(EngineConfig(model=self.model, device="cpu"), progress=True)
+        disk = disk_cost(EngineConfig(model=self.model, device="cpu"), progress=True)
+        rate, expert_bytes = disk.bytes_per_s, disk.expert_bytes
         bound: dict[str, float] = {}
         rows = []
         for name in (*ours, *theirs):

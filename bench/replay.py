@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..engine.config import parse_size
 from ..engine.predict.base import Predictor, Rows
 from ..kernels.environment import usable_cores
+from ..scheduler.residency.compiled_replay import replay_compiled
 from ..scheduler.residency.oracles import Belady, Foresight
 from ..scheduler.residency.policies import (
     LFRU,
@@ -276,7 +277,9 @@ def _task(task: Task) -> Tally:
 
 def _one(task: Task, trace: TokenTrace, predictor: NextUse | None) -> Tally:
     if task.policy not in PREDICTED:
-        return replay(POLICIES[task.policy](task.budget, trace), trace.topk_TLK, warm_up=task.warm_up)
+        policy = POLICIES[task.policy](task.budget, trace)
+        tally = replay_compiled(policy, trace.topk_TLK, task.warm_up)
+        return tally if tally is not None else replay(policy, trace.topk_TLK, warm_up=task.warm_up)
     assert predictor is not None
     if task.policy == "predicted-live":
         from ..engine.predict.next_use import LiveNextUse
@@ -284,8 +287,8 @@ def _one(task: Task, trace: TokenTrace, predictor: NextUse | None) -> Tally:
         live = LivePolicy(task.budget, task.margin, LiveNextUse(predictor, sequences=1), trace)
         return replay(live, trace.topk_TLK, warm_up=task.warm_up)
     scores_TLE = predictor.scores(trace.topk_TLK, trace.start_S)
-    policy = PredictedUse(task.budget, task.margin)
-    return replay(policy, trace.topk_TLK, lambda step: scores_TLE[step], warm_up=task.warm_up)
+    settled = PredictedUse(task.budget, task.margin)
+    return replay(settled, trace.topk_TLK, lambda step: scores_TLE[step], warm_up=task.warm_up)
 
 
 class LivePolicy(PredictedNow):

@@ -1,4 +1,4 @@
-"""The file of measured constants: one for each kind of machine, type and shape of experts, and number of ranks.
+"""The file of measured constants: one for each kind of machine, type and shape of experts, and number of ranks or disk.
 
 JSON under `$XDG_CACHE_HOME/moeyard/constants`. What is older than `MAX_AGE`, of another build or unreadable is measured
 again.
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .. import __version__
 from ..scheduler.cost import Constants, RankConstants
+from ..scheduler.offload_cost import DiskCost, RoutingSummary
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +33,18 @@ if TYPE_CHECKING:
 
 MAX_AGE = timedelta(days=30)
 
-KINDS: dict[str, type[RankConstants] | type[Constants]] = {"rank": RankConstants, "group": Constants}
-"""What a rank measures by itself, and what ranks measure together."""
+KINDS: dict[str, type[RankConstants] | type[Constants] | type[DiskCost] | type[RoutingSummary]] = {
+    "rank": RankConstants,
+    "group": Constants,
+    "disk": DiskCost,
+    "routing": RoutingSummary,
+}
+"""What a rank measures by itself, what ranks measure together, what reading experts from a disk takes, and what a
+model's routing made of budgets when it was last recorded."""
 
 log = logging.getLogger("moeyard.constants")
 
-Values = TypeVar("Values", RankConstants, Constants)
+Values = TypeVar("Values", RankConstants, Constants, DiskCost, RoutingSummary)
 
 
 class Unusable(ValueError):

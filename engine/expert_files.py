@@ -8,6 +8,7 @@ removed, replaced, cut or written to since its header was read is an error that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import mmap
 import os
@@ -111,8 +112,12 @@ class ExpertFiles:
         except ExpertUnreadable:
             self.close()
             raise
-        how = "past the page cache (O_DIRECT)" if self.direct else "through the page cache, and dropped from it"
-        log.info("experts are read from %d files %s", len(self._files), how)
+        _tell(tuple(self._files), self.direct)
+
+    @property
+    def readers(self) -> list[ExpertReader]:
+        """Of each layer."""
+        return list(self._readers)
 
     @property
     def num_experts_L(self) -> list[int]:
@@ -268,6 +273,13 @@ def _reads_directly(files: Sequence[Path]) -> bool:
         finally:
             os.close(file)
     return True
+
+
+@functools.cache
+def _tell(files: tuple[Path, ...], direct: bool) -> None:
+    """Once: a start opens them to plan, to measure and to read."""
+    how = "past the page cache (O_DIRECT)" if direct else "through the page cache, and dropped from it"
+    log.info("experts are read from %d files %s", len(files), how)
 
 
 def advise(file: int, advice: str, begin: int = 0, nbytes: int = 0) -> None:

@@ -1,4 +1,5 @@
-"""Measures what a missing expert costs: reading it from disk, with one or several reads in flight.
+"""Measures what a missing expert costs: reading it from disk, with one or several reads in flight. `moeyard profile`
+does, and who needs it where there is no fresh file of constants.
 
 Whole experts in random order, as misses come; single blocks at the same places, for the time that a read takes
 whatever its size; and the files from start to end, as the most that the disk gives. A case is some milliseconds of
@@ -8,47 +9,112 @@ reading, and cases take turns, so that a slow spell meets all of them.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from threading import Barrier
+from typing import Any
 
 from tqdm import tqdm
 
-from ..scheduler.cost import LinkCost
 from ..scheduler.fit import fit_link
+from ..scheduler.offload_cost import DiskCost
+from . import constants
+from .constants import Record
 from .expert_files import BLOCK, PIECE_BYTES, AlignedBuffer, ExpertFiles, advise
 
 IN_FLIGHT = (1, 2, 4, 8)
-CASE_S = 0.25
+CASE_S = 0.1
+"""Of reading; each case reads at least one expert for each read in flight."""
 ROUNDS = 3
+_BUDGET_S = 10.0
+"""No round of `disk_constants` begins after so long: on a slow disk the first may be all."""
 
 Samples = list[list[int]]
 
+log = logging.getLogger("moeyard.measure")
 
-@dataclass(frozen=True, kw_only=True)
-class DiskCost:
-    """`reads[n]`: the share of one expert's read in the time of many of which n are in flight. `samples` are
-    [bytes, ns] of one read, for each n, and of a piece from start to end for 0.
+_unsaved: dict[Path, Record[DiskCost]] = {}
+"""What was measured by this process and could not be written."""
+
+
+# The file of constants
+
+
+def disk_constants(files: ExpertFiles, *, force: bool = False, progress: bool = False) -> Record[DiskCost]:
+    """What reading one of these experts takes, from the file or measured now; `force` does not look at the file.
+
+    Raises what `measure_disk` does.
     """
+    key = key_of(files)
+    path = constants.path_of("disk", key)
+    if force:
+        constants.forget("disk", **key)
+    elif (record := constants.load("disk", key) or _unsaved.get(path)) is not None:
+        return record
+    log.info("measuring how fast experts are read from %s; kept for the next starts", key["disk"])
+    cost, samples = measure_disk(files, case_s=CASE_S, rounds=ROUNDS, budget_s=_BUDGET_S, progress=progress)
+    made = constants.save("disk", key, cost, {str(n) if n else "sequential": rows for n, rows in samples.items()})
+    if not path.exists():
+        _unsaved[path] = made
+    return made
 
-    reads: dict[int, LinkCost]
-    sequential_fs_per_byte: int
-    expert_bytes: int
-    samples: dict[int, Samples]
 
-    def time_ns(self, experts: int, in_flight: int) -> int:
-        return experts * self.reads[in_flight].time_ns(self.expert_bytes)
+def reads_in_flight(files: ExpertFiles, *, progress: bool = False) -> int:
+    """How many experts to read at the same time, by what was measured of these files' disk, now if not before."""
+    return disk_constants(files, progress=progress).values.best
 
-    @property
-    def best(self) -> int:
-        """How many reads should be in flight: the fewest of those that read an expert soonest."""
-        return min(self.reads, key=lambda n: (self.time_ns(1, n), n))
+
+def key_of(files: ExpertFiles) -> dict[str, Any]:
+    """The machine and the disk, and what is read for an expert of the first layer."""
+    reader = files.readers[0]
+    extents = files.extents(0, 0)
+    hidden, width = reader.shape("down_proj")
+    if reader.spec.is_transposed:
+        hidden, width = width, hidden
+    return {
+        "cpu": constants.cpu_name(),
+        "disk": " and ".join(sorted({disk_of(file) for file in files.files})),
+        "direct": files.direct,
+        "experts": reader.spec.num_experts,
+        "hidden": hidden,
+        "width": width,
+        "expert_bytes": sum(extent.nbytes for extent in extents),
+        "parts": len(extents),
+    }
+
+
+def disk_of(file: Path) -> str:
+    """The file system that a file is on: its type, device and where it is mounted. Without Linux's table of mounts only
+    the device's number.
+    """
+    path = file.resolve()
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return f"device {path.stat().st_dev}"
+    found, name = -1, ""
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        mount = Path(_unescaped(left.split()[4]))
+        if path.is_relative_to(mount) and len(mount.parts) >= found:  # the last mount at a place hides the others
+            kind, source, *_ = right.split()
+            found, name = len(mount.parts), f"{kind} ({_unescaped(source)} at {mount})"
+    return name or f"device {path.stat().st_dev}"
+
+
+def _unescaped(text: str) -> str:
+    """Of a field of the table of mounts, which has spaces and the like in octal."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+# Measuring
 
 
 def measure_disk(
@@ -57,9 +123,14 @@ def measure_disk(
     in_flight: Sequence[int] = IN_FLIGHT,
     case_s: float = CASE_S,
     rounds: int = ROUNDS,
+    budget_s: float = float("inf"),
     progress: bool = False,
-) -> DiskCost:
-    """Times reads of `files`. Raises ExpertUnreadable, and OSError when a file is gone."""
+) -> tuple[DiskCost, dict[int, Samples]]:
+    """Times reads of `files`: fewer rounds, but one, where they take more than `budget_s`. Raises ExpertUnreadable, and
+    OSError when a file is gone.
+
+    The samples are [bytes, ns] of one read, for each number in flight, and of a piece from start to end for 0.
+    """
     experts = [(layer, e) for layer, n in enumerate(files.num_experts_L) for e in range(n)]
     random.Random(0).shuffle(experts)
     expert_bytes = sum(e.nbytes for which in experts for e in files.extents(*which)) // len(experts)
@@ -89,6 +160,7 @@ def measure_disk(
     size = max(files.buffer_bytes, PIECE_BYTES)
     handles: dict[Path, int] = {}
     files.drop_cached_pages()
+    began = time.perf_counter()
     try:
         for file in files.files:
             handles[file] = os.open(file, flags)
@@ -96,7 +168,9 @@ def measure_disk(
                 advise(handles[file], "POSIX_FADV_RANDOM")
         bar = tqdm(total=rounds * len(in_flight), desc="measuring the disk", leave=False, disable=not progress or None)
         with bar:
-            for _ in range(rounds):
+            for done in range(rounds):
+                if done and time.perf_counter() - began > budget_s:
+                    break
                 for n in in_flight:
                     samples[n] += [_timed(read, n, case_s, size) for read in (read_expert, read_block)]
                     bar.update()
@@ -104,12 +178,12 @@ def measure_disk(
     finally:
         for handle in handles.values():
             os.close(handle)
-    return DiskCost(
+    cost = DiskCost(
         reads={n: fit_link([(nbytes, ns) for nbytes, ns in samples[n]]) for n in in_flight},
-        sequential_fs_per_byte=round(median(10**6 * ns / nbytes for nbytes, ns in samples[0])),
+        sequential_fs_per_byte=max(round(median(10**6 * ns / nbytes for nbytes, ns in samples[0])), 1),
         expert_bytes=expert_bytes,
-        samples=samples,
     )
+    return cost, samples
 
 
 def _timed(read: Callable[[AlignedBuffer], int], in_flight: int, case_s: float, size: int) -> list[int]:

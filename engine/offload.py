@@ -12,6 +12,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,13 @@ from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
 from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
 from .host_experts import HostExperts, host_budget
+from .measure_disk import reads_in_flight
 from .predict.base import Predictor, Rows
 from .predict.choose import predictors_for
 from .predict.forecast import Forecast
 from .readers import Priority, Read, Readers
 from .store import ExpertStore, Visit
-from .store_size import StoreSize, share_out
+from .store_size import READS_IN_FLIGHT, StoreSize, share_out
 
 if TYPE_CHECKING:
     from .experts import ExpertPool
@@ -88,10 +90,10 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
     shapes = {tuple((name, r.shape(name), r.dtype(name)) for name in r.spec.parameters) for r in readers}
     if len(shapes) > 1:
         raise ValueError("expert_memory: the experts of this model's layers differ in shape; leave it out")
-    files = ExpertFiles(readers)
-    files.close()
+    with closing(ExpertFiles(readers)) as files:
+        reads = reads_in_flight(files, progress=config.progress) if on_cpu else READS_IN_FLIGHT
     # A GPU's slots are filled from host memory: the buffers are there.
-    size = share_out(budget, readers[0].nbytes, files.buffer_bytes if on_cpu else 0)
+    size = share_out(budget, readers[0].nbytes, files.buffer_bytes if on_cpu else 0, reads)
     experts = max(spec.num_experts for spec in specs)
     slots = min(size.slots, len(specs) * experts)
     floor = min(*(spec.top_k for spec in specs), slots // len(specs), experts)

@@ -1,7 +1,9 @@
 """`moeyard plan`: what a checkpoint takes and what fits, from its headers alone, before anything is loaded.
 
-With `--ep N` the memory is that of each of N ranks: all dense weights, its share of the experts, its own KV cache. The
-constants that were measured for this model are shown, too. A Hub id is downloaded first, as `serve` would.
+With `--expert-memory`, or where only that would make it fit, it says what speed to expect by how much of the experts is
+in memory; for that it measures the memory, and the disk if that has not been. With `--ep N` the memory is that of each
+of N ranks: all dense weights, its share of the experts, its own KV cache. The constants that were measured for this
+model are shown, too. A Hub id is downloaded first, as `serve` would.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import psutil
 
 from ..engine.config import EngineConfig, format_size
 from ..scheduler.placement import slots_needed
-from . import profile
+from . import offload_budgets, profile
 
 if TYPE_CHECKING:
     from ..engine.loader import Blueprint
+    from ..engine.memory import Footprint
+    from ..engine.offload import OffloadPlan
 
 
 def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
@@ -24,19 +28,34 @@ def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
     1 when it does not fit.
     """
     from ..engine.loader import draw
+    from ..engine.memory import free_memory
     from ..engine.resolve import resolve_model
 
     path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
     blueprint = draw(config, path)
-    code = _show_memory(config, blueprint)
-    for line in profile.lines(config, blueprint):
+    ranks = config.ep or 1
+    free = free_memory(blueprint.device) / (ranks if blueprint.device.type == "cpu" else 1)  # they share its RAM
+    code = _show_memory(config, blueprint, free)
+    suggested, worth = None, None
+    if code and ranks == 1 and blueprint.spec.experts:
+        try:
+            suggested = offload_budgets.suggestion(config, blueprint, free)
+        except ValueError as error:
+            print(f"  a part of the experts cannot be in memory: {error}")
+    if suggested is not None:
+        print(f"  with --expert-memory {suggested} it would fit")
+    if suggested is not None or config.expert_memory is not None:
+        worth = offload_budgets.budgets(config, blueprint, free, suggested)
+    for line in profile.lines(config, blueprint, worth.disk if worth else None):
+        print(line)
+    for line in worth.lines() if worth else ():
         print(line)
     return code
 
 
-def _show_memory(config: EngineConfig, blueprint: Blueprint) -> int:
+def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int:
     """The table; the exit code."""
-    from ..engine.memory import free_memory, kv_blocks
+    from ..engine.memory import kv_blocks
     from ..engine.offload import plan_offload
 
     size = blueprint.footprint
@@ -50,11 +69,12 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint) -> int:
         experts, slots = sum(slots * nbytes for slots, nbytes in layers), sum(slots for slots, _ in layers)
         note = f"room for {slots} of {size.num_experts} experts"
     offload = plan_offload(config, blueprint) if ranks == 1 else None
+    below: list[tuple[str, float, str]] = []
     if offload is not None:
         store = offload.size
         experts = store.nbytes
         note = f"{store.slots} of {size.num_experts} experts stay, {store.staging} at a time pass through,"
-    free = free_memory(blueprint.device) / (ranks if on_cpu else 1)  # ranks on one machine share its RAM
+        below += _below(offload, size)
     left = free - size.dense - experts
     where = "RAM" if on_cpu else "GPU"
     total = f"of {format_size(_total(blueprint.device.type))}"
@@ -66,6 +86,7 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint) -> int:
             experts,
             f"{note} in {len(blueprint.spec.experts)} layers, {format_size(size.expert)} each",
         ),
+        *below,
         (f"free {where}", free, f"{total}, for {ranks} ranks on this machine" if on_cpu and ranks > 1 else total),
         ("left for KV cache", max(left, 0), f"{format_size(size.kv_per_token)} per token"),
     ]
@@ -88,6 +109,18 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint) -> int:
         f"{' on each rank' if ranks > 1 else ''}"
     )
     return 0
+
+
+def _below(offload: OffloadPlan, size: Footprint) -> list[tuple[str, float, str]]:
+    """The rows of the experts that have no place on the device: in a GPU's host memory, and on disk."""
+    if offload.host_bytes is None:
+        others = size.num_experts - offload.budget.slots
+        return [("read from disk", others * size.expert, f"the other {others} experts, when they are needed")]
+    kept = min(offload.host_bytes // size.expert, size.num_experts)
+    rows: list[tuple[str, float, str]] = [("host memory", kept * size.expert, f"{kept} of {size.num_experts} experts")]
+    if others := size.num_experts - kept:
+        rows.append(("read from disk", others * size.expert, f"the other {others} experts, when they are needed"))
+    return rows
 
 
 def _total(device: str) -> int:

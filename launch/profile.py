@@ -1,4 +1,5 @@
-"""`moeyard profile`: measures this machine's constants for a model's experts, and shows where they are kept.
+"""`moeyard profile`: measures this machine's constants for a model's experts and their disk, and shows where they are
+kept.
 
 One rank needs a part of one layer's experts only. With `--ep N` the ranks are started as `serve` would start them: they
 measure each other and end.
@@ -10,16 +11,19 @@ import argparse
 import asyncio
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ..engine.config import EngineConfig
+from ..engine.config import EngineConfig, format_size
 from ..kernels.environment import ENVIRONMENT
 from ..scheduler.cost import FREE, Constants, ExpertCost, LinkCost, RankConstants
+from ..scheduler.offload_cost import DiskCost
 
 if TYPE_CHECKING:
     from ..engine.constants import Record
+    from ..engine.expert_files import ExpertFiles
     from ..engine.loader import Blueprint
     from ..engine.weights import ExpertReader
 
@@ -39,11 +43,13 @@ def run(config: EngineConfig, args: argparse.Namespace) -> int:
     blueprint = draw(config, resolve_model(config.model, config.revision, remote_code=config.trust_remote_code))
     if not blueprint.spec.experts:
         raise ValueError("model: it has no experts; there is nothing to measure")
+    records: list[Record[Any]] = []
     if (config.ep or 1) == 1:
-        records = _measure_here(config, blueprint, args.force)
+        records += _measure_here(config, blueprint, args.force)
     else:
-        records = _start_ranks(config, blueprint, args.force)
+        records += _start_ranks(config, blueprint, args.force)
     blueprint.weights.checkpoint.close()
+    records.append(_measure_disk(config, blueprint, args.force))
     for record in records:
         print(f"{heading(record)}\n" + "\n".join(f"  {name:<20}{value}" for name, value in facts(record)))
         print(f"  {'file':<20}{record.path if record.path.exists() else 'none: it could not be written'}")
@@ -80,6 +86,19 @@ def _measure_here(config: EngineConfig, blueprint: Blueprint, force: bool) -> li
             layer = MoELayer(blueprint.model.get_submodule(reader.spec.module), pool)
             records.append(rank_constants(layer, force=force, progress=config.progress))
     return records
+
+
+def _measure_disk(config: EngineConfig, blueprint: Blueprint, force: bool) -> Record[DiskCost]:
+    from ..engine.measure_disk import disk_constants
+
+    with closing(_files(blueprint)) as files:
+        return disk_constants(files, force=force, progress=config.progress)
+
+
+def _files(blueprint: Blueprint) -> ExpertFiles:
+    from ..engine.expert_files import ExpertFiles
+
+    return ExpertFiles([blueprint.weights.reader(spec) for spec in blueprint.spec.experts])
 
 
 def _start_ranks(config: EngineConfig, blueprint: Blueprint, force: bool) -> list[Record[Any]]:
@@ -131,6 +150,34 @@ def known(config: EngineConfig, blueprint: Blueprint) -> list[list[Record[Any]]]
     return found
 
 
+def known_disk(blueprint: Blueprint) -> Record[DiskCost] | None:
+    """The file of the disk that the model's experts are on."""
+    from ..engine import constants
+    from ..engine.measure_disk import key_of
+
+    with closing(_files(blueprint)) as files:
+        return next(iter(constants.find("disk", **key_of(files))), None)
+
+
+def experts_s(config: EngineConfig, blueprint: Blueprint) -> float | None:
+    """Seconds that computing one token's experts takes, of all layers; None where that has not been measured."""
+    from ..engine import constants
+
+    found: dict[str, int] = {}
+    total = 0
+    for spec in blueprint.spec.experts:
+        reader = blueprint.weights.reader(spec)
+        key = constants.key_of(reader, blueprint.device, _threads(config))
+        name = str(key)
+        if name not in found:
+            records: list[Record[RankConstants]] = [r for r in constants.find("rank", **key) if not r.stale]
+            if not records:
+                return None
+            found[name] = records[0].values.experts.time_ns(spec.top_k, spec.top_k)
+        total += found[name]
+    return total / 1e9
+
+
 def _shapes(blueprint: Blueprint) -> list[ExpertReader]:
     """A layer of each shape of experts, in order of layers."""
     from ..engine import constants
@@ -164,10 +211,16 @@ def _keys(config: EngineConfig, blueprint: Blueprint, reader: ExpertReader) -> t
 def heading(record: Record[Any]) -> str:
     """What was measured, on what and when: one line."""
     key = record.key
+    stale = f"; {record.stale}, will be measured again" if record.stale else ""
+    if isinstance(record.values, DiskCost):
+        way = "past" if key["direct"] else "through"
+        return (
+            f"reading {key['experts']} experts of {key['hidden']} x {key['width']}, {format_size(key['expert_bytes'])}"
+            f" each, {way} the page cache from {key['disk']}, measured {record.date:%Y-%m-%d}{stale}"
+        )
     ranks = f", {key['ranks']} ranks on {_machines(key)}" if "ranks" in key else ""
     where = key["cpu"] if key["device"] == "cpu" else key["device"]
     threads = f"{key['threads']} thread{'s' if key['threads'] > 1 else ''}"
-    stale = f"; {record.stale}, will be measured again" if record.stale else ""
     experts = f"{key['experts']} experts of {key['hidden']} x {key['width']} in {key['dtype']}, top-{key['top_k']}"
     return f"{experts}, on {where} with {threads}{ranks}, measured {record.date:%Y-%m-%d}{stale}"
 
@@ -179,7 +232,13 @@ def _machines(key: Mapping[str, Any]) -> str:
 
 def facts(record: Record[Any]) -> Iterator[tuple[str, str]]:
     """(name, value) of each constant, for people."""
-    values: RankConstants | Constants = record.values
+    values: RankConstants | Constants | DiskCost = record.values
+    if isinstance(values, DiskCost):
+        several = f"{values.best} read{'s' if values.best > 1 else ''} in flight"
+        each = f"{_microseconds(values.time_ns(1, values.best))} each with {several}"
+        yield "experts", f"{each}, {values.bytes_per_s / 1e9:.3g} GB/s"
+        yield "whole files", f"{1e6 / values.sequential_fs_per_byte:.3g} GB/s"
+        return
     if isinstance(values, RankConstants):
         yield "experts", _expert_text(values.experts)
         yield "compiled kernels", f"up to {values.few_rows} rows per expert" if values.few_rows else "not used"
@@ -204,16 +263,26 @@ def facts(record: Record[Any]) -> Iterator[tuple[str, str]]:
         yield "balancing plan", _microseconds(values.planner_ns)
 
 
-def lines(config: EngineConfig, blueprint: Blueprint) -> list[str]:
-    """The rows of `moeyard plan` about constants."""
+def lines(config: EngineConfig, blueprint: Blueprint, disk: Record[DiskCost] | None = None) -> list[str]:
+    """The rows of `moeyard plan` about constants; of `disk` if it has just been measured."""
     rows = []
+
+    def show(record: Record[Any]) -> None:
+        rows.append(f"  {'constants':<20}{heading(record)}")
+        rows.extend(f"    {name:<20}{value}" for name, value in facts(record))
+
     for records in known(config, blueprint):
         for record in records:
-            rows.append(f"  {'constants':<20}{heading(record)}")
-            rows += [f"    {name:<20}{value}" for name, value in facts(record)]
+            show(record)
         if len(records) < (1 if (config.ep or 1) == 1 else 2):
             several = f" --ep {config.ep}" if (config.ep or 1) > 1 else ""
             rows.append(f"  {'constants':<20}{NOT_MEASURED}{several}")
+    if blueprint.spec.experts:
+        disk = disk or known_disk(blueprint)
+        if disk is not None:
+            show(disk)
+        else:
+            rows.append(f"  {'disk':<20}{NOT_MEASURED}")
     return rows
 
 

@@ -13,15 +13,17 @@ import torch
 from moeyard.__main__ import main
 from moeyard.bench import analyze
 from moeyard.bench.line_chart import Chart, line_charts, nice
-from moeyard.bench.offload_speed import Machine, Need, Speed, speed, verdict
+from moeyard.bench.offload_speed import verdict
 from moeyard.bench.record import record
 from moeyard.bench.token_trace import ModelFacts, TokenTrace, read_token_trace, write_token_trace
+from moeyard.engine import constants
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.recorder import RoutingRecorder
 from moeyard.engine.resolve import EMBEDDED
 from moeyard.kernels.environment import ENVIRONMENT
 from moeyard.launch import machine
 from moeyard.scheduler.locality import hit_rate, segment_groups, segment_hit_rate
+from moeyard.scheduler.offload_cost import Machine, Need, Speed, speed
 from moeyard.scheduler.residency.policies import LRU
 from moeyard.scheduler.residency.replay import replay
 from moeyard.scheduler.residency.slots import Budget
@@ -30,12 +32,13 @@ OPTIONS = ("--dtype", "float32", "--device", "cpu", "--threads", "1", "--kv-memo
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, tmp_path):
     """No second of measuring, and no environment left behind."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
     monkeypatch.setattr(machine, "read_rate", lambda device: 1e10)
-    monkeypatch.setattr("moeyard.bench.disk_rate.CASE_S", 0.01)
+    monkeypatch.setattr("moeyard.engine.measure_disk.CASE_S", 0.01)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,13 @@ def test_the_command(texts, tmp_path, capsys):
     assert found["tokens_per_s_25"] <= found["tokens_per_s_50"] <= found["tokens_per_s_100"]
     assert 0 < found["missed_50"] < found["missed_25"] < 32
     assert ET.parse(picture).getroot().tag.endswith("svg")
+
+    # `plan` goes by it
+    (kept,) = constants.find("routing", digest=trace.digest)
+    assert kept.values.tokens == 200 and kept.values.shares == (0.25, 0.5, 1.0)
+    assert kept.values.default[0] == pytest.approx(found["missed_25"], rel=1e-4)
+    assert main(["plan", "--expert-memory", "25%", "--max-model-len", "64", *OPTIONS]) == 0
+    assert "at most as in this model's routing of 200 tokens" in capsys.readouterr().out
 
     # the same from the file, and with a bandwidth at which nothing can hide
     again = ("--from-trace", str(trace_path), "--jobs", "1", "--device", "cpu")

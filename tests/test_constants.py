@@ -13,10 +13,15 @@ import pytest
 from moeyard.engine import constants
 from moeyard.engine.constants import MAX_AGE, find, forget, load, save
 from moeyard.scheduler.cost import Constants, ExpertCost, LinkCost, RankConstants
+from moeyard.scheduler.offload_cost import DiskCost, RoutingSummary
 
 KEY = {"cpu": "a CPU", "threads": 2, "dtype": "bfloat16", "hidden": 64, "gate": True}
 VALUES = RankConstants(ExpertCost(1_000, 200, 30), 64, LinkCost(10, 20))
 GROUP = Constants.from_list(range(19))
+DISK = DiskCost(
+    reads={1: LinkCost(100, 10**6), 8: LinkCost(50, 10**5)}, sequential_fs_per_byte=10**5, expert_bytes=9_000
+)
+ROUTING = RoutingSummary(tokens=50, active=8.0, shares=(0.25,), default=(3.5,), lru=(4.0,), least=(2.0,))
 SAMPLES = {"experts": [[1, 16, 5_000], [4, 64, 9_000]], "to_host": []}
 
 
@@ -32,11 +37,12 @@ def rewrite(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize(("kind", "values"), [("rank", VALUES), ("group", GROUP)])
+@pytest.mark.parametrize(("kind", "values"), [("rank", VALUES), ("group", GROUP), ("disk", DISK), ("routing", ROUTING)])
 def test_what_is_written_is_read(home, caplog, kind, values):
     assert load(kind, KEY) is None
     saved = save(kind, KEY, values, SAMPLES)
     found = load(kind, KEY)
+    assert type(found.values) is type(values)
     assert (found.values, found.samples, found.key, found.stale) == (values, SAMPLES, KEY, "")
     assert abs(found.date - saved.date) <= timedelta(seconds=1)
     assert [file.name for file in home.iterdir()] == [saved.path.name]  # nothing temporary is left
@@ -102,6 +108,28 @@ def test_unreadable_files_are_measured_again(caplog, text):
     assert f"{path} are unreadable" in caplog.text and "measuring again" in caplog.text
     assert find("rank") == []
     assert save("rank", KEY, VALUES, SAMPLES).values == load("rank", KEY).values
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "change"),
+    [
+        ("disk", DISK, {"reads": {}}),
+        ("disk", DISK, {"reads": {"0": {"alpha_ns": 1, "fs_per_byte": 1}}}),
+        ("disk", DISK, {"reads": {"1": {"alpha_ns": -1, "fs_per_byte": 1}}}),
+        ("disk", DISK, {"expert_bytes": 0}),
+        ("disk", DISK, {"more": 1}),
+        ("routing", ROUTING, {"lru": []}),
+        ("routing", ROUTING, {"least": [-1]}),
+        ("routing", ROUTING, {"active": 0}),
+        ("routing", ROUTING, {"shares": None}),
+    ],
+)
+def test_values_that_cannot_be_are_measured_again(caplog, kind, good, change):
+    path = save(kind, KEY, good, SAMPLES).path
+    assert load(kind, KEY) is not None
+    rewrite(path, values=json.loads(path.read_text())["values"] | change)
+    assert load(kind, KEY) is None
+    assert f"{path} are unreadable" in caplog.text
 
 
 def test_a_file_of_another_key_is_measured_again(caplog):

@@ -9,7 +9,7 @@ from test_offload import MANY, NEW_TOKENS, OPTIONS
 from test_parity import generate, prompts, reference
 
 from moeyard.engine import engine as engine_module
-from moeyard.engine import moe
+from moeyard.engine import moe, offload
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.host_experts import host_budget
@@ -26,6 +26,7 @@ def case(request, tmp_path_factory):
 def make(monkeypatch):
     """An engine whose experts have a host tier of a share of them."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
+    monkeypatch.setattr(offload, "reads_in_flight", lambda files, progress: 4)
     engines, plan_offload = [], engine_module.plan_offload
 
     def planned(share):

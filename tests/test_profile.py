@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from moeyard.__main__ import main
-from moeyard.engine import constants, measure
+from moeyard.engine import constants, measure, measure_disk
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.loader import draw
@@ -33,6 +33,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if compiled._DIRECTORY is not None:  # ranks need not compile for this home
         monkeypatch.setenv("NUMBA_CACHE_DIR", str(Path(compiled._DIRECTORY).parent))
+    monkeypatch.setattr(measure_disk, "CASE_S", 0.0)
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "LWS_LEADER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ENVIRONMENT.items():  # the command leaves them set
@@ -59,14 +60,20 @@ def test_one_rank_measures_once(model, home, capsys, monkeypatch):
         assert words in first
     assert str(record.path).startswith(str(home))
 
+    (disk,) = constants.find("disk")
+    assert f"{profile.heading(disk)}\n" in first and str(disk.path) in first
+    assert disk.values.reads and disk.samples["sequential"]
+
     with monkeypatch.context() as patched:
         patched.setattr(measure, "time_experts", lambda *args: pytest.fail("there is a file"))
+        patched.setattr(measure_disk, "measure_disk", lambda *args, **kwargs: pytest.fail("there is a file"))
         assert main(["profile", *options(model)]) == 0
         assert capsys.readouterr().out == first
         with pytest.raises(BaseException, match="there is a file"):
             main(["profile", *options(model), "--force"])
     assert main(["profile", *options(model), "--force"]) == 0
     assert constants.find("rank")[0].samples != record.samples
+    assert constants.find("disk")[0].samples != disk.samples
 
 
 def test_it_measures_in_the_environment_of_a_rank(model, monkeypatch):
@@ -132,7 +139,9 @@ def test_where_nothing_can_be_written_the_table_is_shown(model, home, capsys):
 def test_plan_and_doctor_show_what_is_known(model, capsys, monkeypatch):
     monkeypatch.setattr(machine, "rates", lambda: iter(()))
     assert main(["plan", *options(model)]) == 0
-    assert "constants           not measured yet: moeyard profile\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for name in ("constants", "disk"):
+        assert f"  {name:<20}not measured yet: moeyard profile\n" in shown
     assert main(["doctor"]) == 0
     assert "Constants\n  not measured yet: moeyard profile\n" in capsys.readouterr().out
 
@@ -143,8 +152,11 @@ def test_plan_and_doctor_show_what_is_known(model, capsys, monkeypatch):
         out = capsys.readouterr().out
         assert heading in out and "compiled kernels" in out and "not measured" not in out
     assert main(["doctor", "--json"]) == 0
-    (shown,) = json.loads(capsys.readouterr().out)["constants"]
-    assert shown["title"] == heading and shown["values"]["experts"]["ps_per_row"] > 0
+    shown = json.loads(capsys.readouterr().out)["constants"]
+    rank, disk = sorted(shown, key=lambda record: "reads" in record["values"])
+    assert rank["title"] == heading and rank["values"]["experts"]["ps_per_row"] > 0
+    assert disk["title"].startswith("reading 8 experts of 48 x 24, 13.5 KiB each")
+    assert set(disk["values"]["reads"]) == {"1", "2", "4", "8"} and "GB/s" in disk["facts"]["experts"]
 
     later = constants._now() + timedelta(days=40)
     monkeypatch.setattr(constants, "_now", lambda: later)

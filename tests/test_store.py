@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import wait
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,9 +95,14 @@ def sized(slots, staging, readers, ahead=0):
     )
 
 
+def scores(store):
+    """Of a step, for the policy that goes by them."""
+    return np.random.default_rng(store.step).random((LAYERS, EXPERTS))
+
+
 def run(store, fake, layer, experts):
     """The experts of an event in the order in which they run; each must be in its place then."""
-    visit = store.visit(layer, experts)
+    visit = store.visit(layer, experts, scores(store))
     ran = []
     for places in visit:
         for place in places:
@@ -142,7 +148,7 @@ def test_every_expert_is_in_its_place_and_the_counts_are_the_policys(
             if new_step:
                 store.begin_step()
             order = run(store, fake, layer, experts)
-            decision = twin.step(layer, experts, Context(step=store.step))
+            decision = twin.step(layer, experts, Context(step=store.step, scores_LE=scores(store)))
             hits, misses = hits + len(decision.hits), misses + len(decision.misses)
             admitted += len(decision.admitted)
             if not ahead:
