@@ -104,8 +104,8 @@ class EngineConfig:
     )
     host_memory: str | None = option(
         None,
-        "host memory for experts beside --expert-memory on a GPU, as a size or a percentage of all experts; the others"
-        " are read from disk (default: what is free)",
+        "host memory for experts that are not on the GPU, as a size or a percentage of all experts; the others are read"
+        " from disk (default: what is free)",
         metavar="SIZE",
     )
     residency: str = option(
@@ -116,8 +116,8 @@ class EngineConfig:
     )
     predictor: str = option(
         "auto",
-        "what predicts the experts to come, with --expert-memory: auto (what was trained for this model, and what needs"
-        " no training), none, or the file of a predictor of next use",
+        "what predicts the experts to come, where not all have room: auto (what was trained for this model, and what"
+        " needs no training), none, or the file of a predictor of next use",
         metavar="FILE",
     )
     prefix_cache: bool = option(True, "share KV blocks between requests with a common prefix")
