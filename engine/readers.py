@@ -59,8 +59,8 @@ class Read(Future[Mapping[str, torch.Tensor]]):
 class Readers:
     """`threads` reads in flight, and at most `depth` waiting; demand is let in always, those who wait for it bound it.
 
-    The disk is demand's while there is any: other reads go on when it has ended, and at most `behind` of them at a time,
-    so that few are in the way of the next.
+    The disk is demand's while there is any: other reads go on when it has ended, and at most `behind` of them at a
+    time, so that few are in the way of the next.
 
     Every read goes through one of `buffers`, and all memory is theirs. When a more urgent read waits and a buffer is
     free for it, one that has started is set aside between two pieces and goes on later: buffers beyond one for
