@@ -120,7 +120,9 @@ def test_step_by_step_it_says_what_it_says_in_bulk(network: PathNetwork) -> None
                 np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-4)
                 live.routed(layer, ids_TLK[:, layer])
             live.end_step()
-            assert t == 24 or np.allclose(live.future(), wanted_TLE[rows].sum(0), rtol=2e-3, atol=1e-3)
+            kept = live.future()
+            assert kept is not None
+            assert t == 24 or np.allclose(kept, wanted_TLE[rows].sum(0), rtol=2e-3, atol=1e-3)
     plain.forget("a")
     plain.forget("unknown")
     plain.begin_step([])
@@ -132,7 +134,7 @@ def test_prompts_preemption_and_tokens_taken_back(network: PathNetwork) -> None:
 
     def step(live: PathPredictor, start: int, end: int) -> np.ndarray:
         live.begin_step([Rows(request_id="a", first=0, token_ids=token_T[start:end].tolist(), start=start)])
-        said = np.stack([live.upcoming(layer) for layer in range(LAYERS)])
+        said = np.stack([said_E for layer in range(LAYERS) if (said_E := live.upcoming(layer)) is not None])
         for layer in range(LAYERS):
             live.routed(layer, trace.topk_TLK[start:end, layer])
         live.end_step()
@@ -198,10 +200,10 @@ def test_tokens_share_a_table_that_is_smaller(monkeypatch: pytest.MonkeyPatch) -
 
 def test_wrong_recordings() -> None:
     trace, token_T = by_token(0, sequences=2)
-    for change, text in (
-        ({"experts": 4}, "topk has ids"),
-        ({"vocab": 3}, "token_ids must be 120 numbers from 0 to 2"),
-        ({"epochs": 0}, "epochs is 0"),
+    for experts, vocab, epochs, text in (
+        (4, VOCAB, 1, "topk has ids"),
+        (EXPERTS, 3, 1, "token_ids must be 120 numbers from 0 to 2"),
+        (EXPERTS, VOCAB, 0, "epochs is 0"),
     ):
         with pytest.raises(ValueError, match=text):
-            train(trace.topk_TLK, trace.start_S, **{"experts": EXPERTS, "token_T": token_T, "vocab": VOCAB, **change})
+            train(trace.topk_TLK, trace.start_S, experts, token_T=token_T, vocab=vocab, epochs=epochs)

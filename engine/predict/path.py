@@ -25,12 +25,16 @@ CHUNK = 256
 
 
 class PathState:
-    """What is known of a sequence: its routing so far, and the last ids. `tokens` of it have run."""
+    """What is known of a sequence: its routing so far, and the last ids. `tokens` of it have run.
+
+    `known` is what the network says to the routing, None until it is asked.
+    """
 
     def __init__(self, shape: PathShape) -> None:
         self.history = History(shape.layers, shape.experts)
         self.ids: deque[int] = deque(maxlen=WINDOW - 1)
         self.tokens = 0
+        self.known: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class PathPredictor(Predictor):
@@ -94,6 +98,7 @@ class PathPredictor(Predictor):
                 continue
             state.ids.extend(row.token_ids[-(WINDOW - 1) :])
             state.tokens += len(row.token_ids)
+            state.known = None
             for ids_LK in ids_TLK[row.first : row.first + len(row.token_ids)] if whole else ():
                 state.history.observe(ids_LK)
 
@@ -113,28 +118,31 @@ class PathPredictor(Predictor):
                 self._future_LE = (next_BLE + np.float32(KEPT) * rest_BLE).sum(0)
                 if self._next_use is not None:
                     histories = [self._states[name].history for name in sorted(running)]
-                    self._future_LE = (self._future_LE + self._next_use.predict(histories)) / 2
+                    self._future_LE = ((self._future_LE + self._next_use.predict(histories)) / 2).astype(np.float32)
         return self._future_LE
 
     def _evaluate(self, inputs: Sequence[tuple[PathState, Sequence[int]]]) -> tuple[Floats, Floats]:
         """[B, L, E] that each of the tokens uses an expert, and the discounted uses after it; -1 for an unknown id."""
-        none_LK = np.full((self._shape.layers, self._shape.top_k), -1)
-        histories = [state.history for state, _ in inputs]
-        seen = [(none_LK if h.last_LK is None else h.last_LK) for h in histories]
-        before = [(none_LK if h.previous_LK is None else h.previous_LK) for h in histories]
-        roots = [h.rate_roots(self._even) for h in histories]
-        known = [torch.from_numpy(np.stack(parts)) for parts in (seen, before, roots)]
-        state_B = torch.from_numpy(np.repeat(np.arange(len(inputs)), [len(ids) for _, ids in inputs]))
-        windows = []
-        for state, ids in inputs:
-            around = np.array([*[-1] * (WINDOW - 1 - len(state.ids)), *state.ids, *ids])
-            windows.append(np.lib.stride_tricks.sliding_window_view(around, WINDOW)[:, ::-1])
-        tokens_BW = torch.from_numpy(np.concatenate(windows))
-        outs = []
         with torch.inference_mode():
+            known = [state.known or self._known(state) for state, _ in inputs]
+            x_SH, out_S2LE = (torch.cat(parts) for parts in zip(*known, strict=True))
+            windows = []
+            for state, ids in inputs:
+                around = np.array([*[-1] * (WINDOW - 1 - len(state.ids)), *state.ids, *ids])
+                windows.append(np.lib.stride_tricks.sliding_window_view(around, WINDOW)[:, ::-1])
+            tokens_BW = torch.from_numpy(np.concatenate(windows))
+            state_B = torch.from_numpy(np.repeat(np.arange(len(inputs)), [len(ids) for _, ids in inputs]))
+            outs = []
             for first in range(0, len(state_B), CHUNK):
                 of_B = state_B[first : first + CHUNK]
-                logits = self._network(*(part[of_B] for part in known), tokens_BW[first : first + CHUNK])
-                outs.append(torch.sigmoid(logits))
-        out_B2LE = torch.cat(outs).numpy()
+                outs.append(self._network.ahead(x_SH[of_B], out_S2LE[of_B], tokens_BW[first : first + CHUNK]).sigmoid())
+            out_B2LE = torch.cat(outs).numpy()
         return out_B2LE[:, 0], out_B2LE[:, 1] * np.float32(MOST_USES)
+
+    def _known(self, state: PathState) -> tuple[torch.Tensor, torch.Tensor]:
+        none_LK = np.full((self._shape.layers, self._shape.top_k), -1)
+        history = state.history
+        ids = (none_LK if ids_LK is None else ids_LK for ids_LK in (history.last_LK, history.previous_LK))
+        parts = (*ids, history.rate_roots(self._even))
+        state.known = self._network.known(*(torch.from_numpy(part)[None] for part in parts))
+        return state.known

@@ -104,22 +104,33 @@ class PathNetwork(nn.Module):
         tokens_BW: torch.Tensor,
         dropout: float = 0.0,
     ) -> torch.Tensor:
+        return self.ahead(*self.known(last_BLK, previous_BLK, roots_BFLE, dropout), tokens_BW, dropout)
+
+    def known(
+        self, last_BLK: torch.Tensor, previous_BLK: torch.Tensor, roots_BFLE: torch.Tensor, dropout: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the routing so far says: [B, H], and a part of the logits."""
         shape = self.shape
         rows = len(last_BLK)
         last_BN, previous_BN = self._rows(last_BLK), self._rows(previous_BLK)
         order_BN = self.rank_K.repeat(shape.layers).expand(rows, -1)
         x_BH = self._sum(last_BN, self.last, dropout) + self._sum(previous_BN, self.previous, dropout)
         x_BH = x_BH + self._sum(last_BN, self.rank, dropout, order_BN)
-        if shape.vocab:
-            x_BH = x_BH + self.mix(functional.dropout(self._tokens(tokens_BW).flatten(1), dropout))
-        x_BH = functional.gelu(self.first_norm(x_BH))
-        x_BH = x_BH + self.down(functional.dropout(functional.gelu(self.up(x_BH)), dropout))
-        out_B2LE = self.head(functional.dropout(self.last_norm(x_BH), dropout)).view(rows, 2, shape.layers, -1)
-        out_B2LE = out_B2LE + torch.einsum("bfle,ofle->bole", roots_BFLE, self.own[:, :FEATURES])
+        out_B2LE = torch.einsum("bfle,ofle->bole", roots_BFLE, self.own[:, :FEATURES])
         for place, used_BN in enumerate((last_BN, previous_BN)):
             used_BLE = torch.zeros(rows, shape.all + 1).scatter_(1, used_BN, 1.0)[:, :-1].view(rows, shape.layers, -1)
             out_B2LE = out_B2LE + used_BLE[:, None] * self.own[:, FEATURES + place]
-        return out_B2LE
+        return x_BH, out_B2LE
+
+    def ahead(
+        self, x_BH: torch.Tensor, out_B2LE: torch.Tensor, tokens_BW: torch.Tensor, dropout: float = 0.0
+    ) -> torch.Tensor:
+        """The logits, from what is known and from the tokens."""
+        if self.shape.vocab:
+            x_BH = x_BH + self.mix(_drop(self._tokens(tokens_BW).flatten(1), dropout))
+        x_BH = functional.gelu(self.first_norm(x_BH))
+        x_BH = x_BH + self.down(_drop(functional.gelu(self.up(x_BH)), dropout))
+        return out_B2LE + self.head(_drop(self.last_norm(x_BH), dropout)).view(out_B2LE.shape)
 
     def _rows(self, ids_BLK: torch.Tensor) -> torch.Tensor:
         """[B, L * K] rows of the tables; the last row for none."""
@@ -185,3 +196,8 @@ class PathNetwork(nn.Module):
                 " train-predictor"
             )
         return found.eval()
+
+
+def _drop(x: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Without a call where there is none: it would cost as much as the layers."""
+    return functional.dropout(x, dropout) if dropout else x
