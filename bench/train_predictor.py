@@ -12,33 +12,28 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from ..engine.config import EngineConfig, format_size
 from ..kernels.environment import ENVIRONMENT, usable_cores
 from ..launch.cli import add_options, config_from
 from .analyze import ENGINE_OPTIONS
+from .predictor_texts import HELD_OUT, LEAST, Texts, split, too_few
 from .report import emit, table
-from .token_trace import TokenTrace, read_token_trace
+from .token_trace import read_token_trace
 
 if TYPE_CHECKING:
     from ..engine.next_use import NextUse
     from ..engine.predict.path_network import PathNetwork
     from .predictor_scores import Standing
 
-Array = npt.NDArray[Any]
 NAMES = {"next_use": "ridge", "path": "path network"}
-HELD_OUT = 0.2
 LENGTH = 1024
 """Tokens of a sequence."""
-LEAST = 4
-"""Documents: two to learn from and two held out, for how documents differ is a part of the verdict."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,37 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures here, and print them as one JSON line")
     add_options(parser, EngineConfig, model_positional=True, only=ENGINE_OPTIONS)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Texts:
-    """What was recorded: `token_T` is None without ids, `document_S` the number of each sequence's document."""
-
-    trace: TokenTrace
-    token_T: Array | None
-    vocab: int
-    document_S: Array
-    names: tuple[str, ...]
-    """Of the documents."""
-
-    def of(self, documents: Array) -> Texts:
-        """Only the sequences of these documents."""
-        chosen_S = np.isin(self.document_S, documents)
-        trace = self.trace
-        lengths_S = trace.end_S - trace.start_S
-        rows_T = np.repeat(chosen_S, lengths_S)
-        kept = TokenTrace(
-            trace.topk_TLK[rows_T],
-            np.cumsum(lengths_S[chosen_S]) - lengths_S[chosen_S],
-            trace.domain_S[chosen_S],
-            trace.domains,
-            trace.digest,
-            trace.model,
-        )
-        token_T = None if self.token_T is None else self.token_T[rows_T]
-        return Texts(
-            trace=kept, token_T=token_T, vocab=self.vocab, document_S=self.document_S[chosen_S], names=self.names
-        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -172,7 +136,7 @@ def _recorded(args: argparse.Namespace) -> Texts:
     from .record import record
 
     if len(args.text) < LEAST:
-        raise ValueError(_too_few(len(args.text), "--text"))
+        raise ValueError(too_few(len(args.text), "--text"))
     config = config_from(argparse.Namespace(**vars(args), max_num_seqs=1), EngineConfig)
     made = record(config, args.text, args.tokens, args.sequence_tokens or LENGTH, args.generate or 0)
     path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
@@ -202,63 +166,6 @@ def _from_trace(args: argparse.Namespace) -> Texts:
         document_S = np.arange(len(trace.start_S))
         names = tuple(f"sequence {s}" for s in document_S)
     return Texts(trace=trace, token_T=token_T, vocab=vocab, document_S=document_S, names=names)
-
-
-def split(texts: Texts, held_out: str | None, seed: int = 0) -> tuple[Texts, Texts]:
-    """Documents to learn from, and those held out: a share of the tokens, in whole documents, or those of some names.
-
-    Raises ValueError when one of them has fewer than two documents.
-    """
-    documents = np.unique(texts.document_S)
-    if len(documents) < LEAST:
-        raise ValueError(_too_few(len(documents), "documents"))
-    try:
-        share = HELD_OUT if held_out is None else float(held_out)
-    except ValueError:
-        share = None
-    if share is None:
-        chosen = _named(held_out or "", texts, documents)
-    elif not 0 < share < 1:
-        raise ValueError(f"--held-out is {held_out}; it must be a share above 0 and below 1, or names of documents")
-    else:
-        chosen = _drawn(texts, documents, share, seed)
-    kept = np.setdiff1d(documents, chosen)
-    if min(len(chosen), len(kept)) < 2:
-        raise ValueError(
-            f"--held-out leaves {len(kept)} documents to learn from and {len(chosen)} held out; both need at least 2"
-        )
-    return texts.of(kept), texts.of(chosen)
-
-
-def _drawn(texts: Texts, documents: Array, share: float, seed: int) -> Array:
-    """Documents in an order that the seed gives, as long as they fit into the share; at least two, and all but two at
-    the most.
-    """
-    lengths_S = texts.trace.end_S - texts.trace.start_S
-    sizes = {d: int(lengths_S[texts.document_S == d].sum()) for d in documents.tolist()}
-    room = share * sum(sizes.values())
-    chosen: list[int] = []
-    for d in np.random.default_rng(seed).permutation(documents).tolist():
-        if sum(sizes[c] for c in chosen) + sizes[d] <= room and len(chosen) < len(sizes) - 2:
-            chosen.append(d)
-    rest = sorted(sizes.keys() - set(chosen), key=lambda d: (sizes[d], d))
-    return np.array(sorted(chosen + rest[: max(0, 2 - len(chosen))]))
-
-
-def _named(text: str, texts: Texts, documents: Array) -> Array:
-    found: set[int] = set()
-    for pattern in text.split(","):
-        matches = {d for d in documents.tolist() if fnmatchcase(texts.names[d], pattern.strip())}
-        if not matches:
-            raise ValueError(
-                f"--held-out: no document is named {pattern.strip()!r}; documents are the files or domains"
-            )
-        found |= matches
-    return np.array(sorted(found))
-
-
-def _too_few(count: int, what: str) -> str:
-    return f"{what}: {count} documents are too few; give at least {LEAST}, for whole documents are held out"
 
 
 # Training and verdict
@@ -291,8 +198,11 @@ def _trained(args: argparse.Namespace, wanted: Sequence[str], fit: Texts, progre
                 next_use = NextUse.fit(
                     trace.topk_TLK, trace.start_S, trace.experts, digest=trace.digest, progress=bar.update
                 )
-    if "path" in wanted and fit.token_T is None:
-        notes.append("The path network is not trained: the trace has no token ids. Only the ridge can be fitted.")
+    if "path" in wanted and fit.token_T is None and args.predictors is None:
+        notes.append(
+            "The path network is not trained: the trace has no token ids, so that only the ridge can be fitted."
+            " --predictors next_use,path trains one that goes by routing alone."
+        )
     elif "path" in wanted:
         epochs = args.epochs or path_training.EPOCHS
         with tqdm(total=epochs * tokens, desc="path network", unit="token", disable=quiet, leave=False) as bar:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from moeyard.__main__ import main
 from moeyard.bench import predictor_scores, train_predictor
 from moeyard.bench.predictor_scores import Standing
+from moeyard.bench.predictor_texts import Texts, split
 from moeyard.bench.token_trace import TokenTrace, write_token_trace
-from moeyard.bench.train_predictor import Texts, split
 from moeyard.engine import constants
 from moeyard.engine.checkpoint import Checkpoint
 from moeyard.engine.next_use import NextUse
@@ -113,7 +113,10 @@ def test_without_token_ids_there_is_only_the_ridge(home, tmp_path, capsys, monke
     path = noise(tmp_path / "t.npz")
     argv = ["train-predictor", "--trace", path, "--threads", "1", "--no-progress"]
     assert main(argv) == 0
-    assert "the trace has no token ids. Only the ridge can be fitted." in capsys.readouterr().out
+    assert "the trace has no token ids, so that only the ridge can be fitted" in capsys.readouterr().out
+    assert main([*argv, "--predictors", "path", "--epochs", "1", "--json", str(tmp_path / "f.json")]) == 0
+    assert "recall_path" in json.loads((tmp_path / "f.json").read_text())["figures"]
+    assert "not trained" not in capsys.readouterr().out
     # what passes takes the place of an older one; what does not leaves it
     passes = iter([True, False])
     verdict = {True: (("next_use",), []), False: ((), [])}

@@ -142,7 +142,8 @@ class PathPredictor(Predictor):
     def _known(self, state: PathState) -> tuple[torch.Tensor, torch.Tensor]:
         none_LK = np.full((self._shape.layers, self._shape.top_k), -1)
         history = state.history
-        ids = (none_LK if ids_LK is None else ids_LK for ids_LK in (history.last_LK, history.previous_LK))
-        parts = (*ids, history.rate_roots(self._even))
-        state.known = self._network.known(*(torch.from_numpy(part)[None] for part in parts))
+        last, previous = (none_LK if ids is None else ids for ids in (history.last_LK, history.previous_LK))
+        parts = (last[None], previous[None], history.rate_roots(self._even)[None])
+        last_1LK, previous_1LK, roots_1FLE = (torch.from_numpy(part) for part in parts)
+        state.known = self._network.known(last_1LK, previous_1LK, roots_1FLE)
         return state.known
