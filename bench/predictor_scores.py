@@ -89,8 +89,15 @@ def decayed_scores(trace: TokenTrace) -> Scores:
 
 
 def ridge_scores(next_use: NextUse, trace: TokenTrace) -> Scores:
+    """Before a step the probabilities of its `next_token`, where it has one."""
     after_TLE = next_use.scores(trace.topk_TLK, trace.start_S)
-    return Scores(before_TLE=_shifted(after_TLE, trace), after_TLE=after_TLE)
+    before_TLE = _shifted(after_TLE, trace)
+    if next_use.next_token is not None:
+        now_T = np.setdiff1d(np.arange(len(after_TLE)), trace.start_S)
+        for layer in range(trace.layers):
+            found_TE = next_use.next_token.chances(layer, 0, trace.topk_TLK, after_TLE, now_T)
+            before_TLE[now_T, layer] = found_TE
+    return Scores(before_TLE=before_TLE, after_TLE=after_TLE)
 
 
 def path_scores(

@@ -187,7 +187,7 @@ def _trained(args: argparse.Namespace, wanted: Sequence[str], fit: Texts, progre
     tokens, quiet = len(trace.topk_TLK), None if progress else True
     next_use = network = None
     if "next_use" in wanted:
-        need, free = ridge_bytes(trace.layers, trace.experts), _free_memory()
+        need, free = ridge_bytes(trace.layers, trace.experts, tokens), _free_memory()
         if need > free:
             notes.append(
                 f"The ridge is not fitted: for {trace.layers * trace.experts} experts it needs about"
@@ -197,7 +197,7 @@ def _trained(args: argparse.Namespace, wanted: Sequence[str], fit: Texts, progre
             with tqdm(total=2 * tokens, desc="ridge", unit="token", disable=quiet, leave=False) as bar:
                 next_use = NextUse.fit(
                     trace.topk_TLK, trace.start_S, trace.experts, digest=trace.digest, progress=bar.update
-                )
+                ).with_next_token(trace.topk_TLK, trace.start_S)
     if "path" in wanted and fit.token_T is None and args.predictors is None:
         notes.append(
             "The path network is not trained: the trace has no token ids, so that only the ridge can be fitted."
@@ -219,13 +219,16 @@ def _trained(args: argparse.Namespace, wanted: Sequence[str], fit: Texts, progre
     return Trained(next_use=next_use, path=network, notes=tuple(notes))
 
 
-def ridge_bytes(layers: int, experts: int) -> int:
-    """Memory at the most while the regression is fitted: its equations, and their factors."""
+def ridge_bytes(layers: int, experts: int, tokens: int) -> int:
+    """Memory at the most while the regression is fitted: its equations and their factors, and a number for each expert
+    and token.
+    """
     from ..engine.routing_history import CHUNK, FEATURES
 
     everything, own = 3 * layers * experts, FEATURES * experts
     shared = 3 * everything**2 + 2 * everything * layers * experts
-    return 4 * (shared + layers * own * (everything + own) + 4 * CHUNK * (everything + layers * own))
+    chunk = 4 * min(CHUNK, tokens) * (everything + layers * own)
+    return 4 * (shared + layers * own * (everything + own) + chunk + 2 * tokens * layers * experts)
 
 
 def _free_memory() -> int:

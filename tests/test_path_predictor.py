@@ -118,7 +118,14 @@ def test_step_by_step_it_says_what_it_says_in_bulk(network: PathNetwork) -> None
                 found = live.upcoming(layer)
                 assert found is not None
                 np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-4)
+                before = live.future()
                 live.routed(layer, ids_TLK[:, layer])
+                after = live.future()
+                assert before is not None and after is not None
+                used = scores.before_TLE[rows, layer].sum(0)  # by this step: it counts until the layer has chosen
+                share = path_network.KEPT
+                np.testing.assert_allclose(before[layer], used + share * after[layer], rtol=2e-3, atol=1e-3)
+                assert np.array_equal(np.delete(before, layer, 0), np.delete(after, layer, 0))
             live.end_step()
             kept = live.future()
             assert kept is not None

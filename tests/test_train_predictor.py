@@ -138,7 +138,8 @@ def test_without_token_ids_there_is_only_the_ridge(home, tmp_path, capsys, monke
 
 
 def test_the_memory_of_the_ridge_is_about_what_it_takes():
-    assert train_predictor.ridge_bytes(24, 32) < 1 << 30 < 4 << 30 < train_predictor.ridge_bytes(48, 128)
+    assert train_predictor.ridge_bytes(24, 32, 1000) < 1 << 30 < 4 << 30 < train_predictor.ridge_bytes(48, 128, 1000)
+    assert train_predictor.ridge_bytes(24, 32, 10**6) > 4 << 30
 
 
 def standing(name: str, recall: list[float], misses: float, copies: float = 0.0) -> Standing:

@@ -56,6 +56,8 @@ class PathPredictor(Predictor):
         self._routed: list[Array] = []
         self._upcoming_LE: Floats | None = None
         self._future_LE: Floats | None = None
+        """Of a layer that is still to come in this step its uses by the step too."""
+        self._rest_LE: Floats | None = None
         self._ended = False
         """The step's routing is known and `_future_LE` does not have it yet."""
 
@@ -63,7 +65,7 @@ class PathPredictor(Predictor):
         self._rows = [row for row in rows if len(row.token_ids)]
         self._routed = []
         self._ended = False
-        self._upcoming_LE = self._future_LE = None
+        self._upcoming_LE = self._future_LE = self._rest_LE = None
         if not self._rows:
             return
         for row in self._rows:
@@ -76,10 +78,13 @@ class PathPredictor(Predictor):
         next_BLE, rest_BLE = self._evaluate(inputs)
         self._upcoming_LE = 1 - np.prod(1 - next_BLE, axis=0)
         last_S = np.cumsum([len(row.token_ids) for row in self._rows]) - 1
-        self._future_LE = rest_BLE[last_S].sum(0)
+        self._rest_LE = rest_BLE[last_S].sum(0)
+        self._future_LE = next_BLE[last_S].sum(0) + np.float32(KEPT) * self._rest_LE
 
     def routed(self, layer: int, ids_TK: Array) -> None:
         self._routed.append(ids_TK)
+        if self._future_LE is not None and self._rest_LE is not None and not self._ended:
+            self._future_LE[layer] = self._rest_LE[layer]
 
     def end_step(self) -> None:
         rows = self._rows
@@ -119,7 +124,7 @@ class PathPredictor(Predictor):
                 if self._next_use is not None:
                     histories = [self._states[name].history for name in sorted(running)]
                     self._future_LE = ((self._future_LE + self._next_use.predict(histories)) / 2).astype(np.float32)
-        return self._future_LE
+        return None if self._future_LE is None else self._future_LE.copy()
 
     def _evaluate(self, inputs: Sequence[tuple[PathState, Sequence[int]]]) -> tuple[Floats, Floats]:
         """[B, L, E] that each of the tokens uses an expert, and the discounted uses after it; -1 for an unknown id."""
