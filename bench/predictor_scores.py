@@ -18,10 +18,11 @@ import torch
 from ..engine.next_use import NextUse
 from ..engine.predict.path_network import KEPT, MOST_USES, PathNetwork
 from ..engine.predict.path_training import BATCH, Windows
+from ..scheduler.residency.compiled_replay import replay_compiled
 from ..scheduler.residency.oracles import Belady
 from ..scheduler.residency.policies import LRU, PredictedUse, default_policy
 from ..scheduler.residency.replay import Tally, excess_closed, replay
-from ..scheduler.residency.slots import Budget
+from ..scheduler.residency.slots import Budget, Policy
 from .replay import MARGIN
 from .token_trace import TokenTrace
 
@@ -167,14 +168,20 @@ class Judge:
         self._budget = Budget(
             layers=trace.layers, experts=trace.experts, slots=slots, floor=min(top_k, slots // trace.layers)
         )
-        topk_TLK = trace.topk_TLK
-        self._lru = replay(LRU(self._budget), topk_TLK, progress=progress)
-        self._least = replay(Belady(self._budget, topk_TLK, bypass=True), topk_TLK, progress=progress)
+        self._lru = self._replayed(LRU(self._budget))
+        self._least = self._replayed(Belady(self._budget, trace.topk_TLK, bypass=True))
 
     def decayed(self) -> Standing:
         """The baseline that every engine has: decayed counts, and the policy that goes by them."""
-        tally = replay(default_policy(self._budget), self._trace.topk_TLK, progress=self._progress)
+        tally = self._replayed(default_policy(self._budget))
         return self._standing("decayed counts", decayed_scores(self._trace), tally)
+
+    def _replayed(self, policy: Policy) -> Tally:
+        tally = replay_compiled(policy, self._trace.topk_TLK)
+        if tally is None:
+            return replay(policy, self._trace.topk_TLK, progress=self._progress)
+        self._progress(tally.steps)
+        return tally
 
     def standing(self, name: str, scores: Scores) -> Standing:
         policy = PredictedUse(self._budget, MARGIN)
