@@ -17,6 +17,7 @@ from moeyard.engine.engine import Engine
 from moeyard.engine.model import AttentionSpec, ExpertsSpec, ModelSpec
 from moeyard.engine.predict.base import Rows
 from moeyard.engine.predict.look_ahead import LookAhead, any_of
+from moeyard.engine.predict.meter import Meter
 from moeyard.engine.predict.routers import RouterWatch
 
 OPTIONS = {"dtype": "float32", "max_num_seqs": 4, "max_batched_tokens": 48, "block_size": 8, "progress": False}
@@ -25,7 +26,7 @@ OPTIONS = {"dtype": "float32", "max_num_seqs": 4, "max_batched_tokens": 48, "blo
 class Seen:
     """An engine with a look-ahead which is asked all that it can be: what it said, and what the routers chose."""
 
-    def __init__(self, path, monkeypatch, **options):
+    def __init__(self, path, monkeypatch, expert_memory=None, **options):
         self.routed, self.said, self.ids = {}, [], []
         warm_up = Engine._warm_up
 
@@ -37,7 +38,9 @@ class Seen:
 
         with monkeypatch.context() as patch:
             patch.setattr(Engine, "_warm_up", watched)
-            self.engine = Engine(EngineConfig(model=str(path), **OPTIONS))
+            self.engine = Engine(EngineConfig(model=str(path), expert_memory=expert_memory, **OPTIONS))
+        if expert_memory is not None:
+            return  # the engine itself tells the predictors
         self.engine._experts.recorder = self.record
         run = self.engine._run
 
@@ -176,6 +179,27 @@ def test_a_step_that_was_not_announced_is_nothing(tmp_path, monkeypatch):
 def test_what_is_ahead_must_be_a_layer(tmp_path):
     with pytest.raises(ValueError, match=r"^depth is 0"):
         LookAhead(nn.Linear(1, 1), ModelSpec(architecture="", hidden_size=1, vocab_size=1, attention=()), 0)
+
+
+def test_experts_are_read_ahead_on_its_word_and_metered(tmp_path, monkeypatch):
+    path = tiny.save("qwen3_moe", tmp_path / "model", num_hidden_layers=4, num_experts=32)
+    seen = Seen(path, monkeypatch, expert_memory="50%")
+    offload, experts = seen.engine._offload, range(32)
+    assert offload.plan.size.ahead
+    meter = Meter(
+        seen.look,
+        ns_per_byte=1e6,
+        resident=lambda layer: np.array([(layer, expert) in offload.store.resident for expert in experts]),
+    )
+    offload.forecast.predictors.append(meter)
+    offload.forecast._least = 0.1  # experts that are worth reading ahead are larger than these
+    offload.store.heard = lambda by, nbytes, used: meter.heard(nbytes, used) if by == "look_ahead" else None
+    texts = prompts(seen.engine.vocab_size, 1, longest=20)
+    assert generate(seen.engine, texts, 12) == reference(path, texts, 12)
+    stats, measured = seen.engine.stats(False), meter.measured()
+    assert stats.expert_ahead > 0 and measured.used_bytes > 0 and measured.us_per_token > 0
+    assert 0 < measured.recall_k <= measured.recall_2k <= 1 and measured.precision is not None
+    seen.engine.close()
 
 
 # The watch
