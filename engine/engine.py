@@ -302,6 +302,9 @@ class Engine:
         return [self._advance(request, result) for request, result in zip(requests, results, strict=True)]
 
     def stats(self, with_experts: bool) -> Stats:
+        counted: dict[str, Any] = {f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()}
+        counted |= self._parallel.figures() if self._parallel else {}
+        counted |= self._offload.figures() if self._offload else {}
         return Stats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -314,9 +317,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             expert_counts=[layer.counts_E.tolist() for layer in self._experts.layers] if with_experts else None,
-            **(self._parallel.figures() if self._parallel else {}),
-            **(self._offload.figures() if self._offload else {}),
-            **{f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()},
+            **counted,
             step_ns=self.progress.step_ns,
         )
 
