@@ -117,7 +117,7 @@ class EngineConfig:
     predictor: str = option(
         "auto",
         "what predicts the experts to come, where not all have room: auto (what was trained for this model, and what"
-        " needs no training), none, or the file of a predictor of next use",
+        " needs no training), none, or the file of a trained predictor",
         metavar="FILE",
     )
     prefix_cache: bool = option(True, "share KV blocks between requests with a common prefix")

@@ -336,7 +336,7 @@ class Engine:
             check_weights_fit(blueprint.footprint, self.device, plan.size.nbytes if plan else None)
             experts = load(blueprint, progress=config.progress, offload=plan)
             if plan is not None:
-                self._offload = Offload(plan, experts.layers, progress=config.progress)
+                self._offload = Offload(plan, experts.layers, blueprint, progress=config.progress)
             return experts
         config.check_several_ranks()
         group = seat.group

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -78,6 +79,8 @@ class HostExperts:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._computed: torch.cuda.Event | None = None
         self._fill(progress)
+        self.ns_per_byte = self._measure()
+        """Of copying to a slot."""
         log.info(
             "%d of %d experts in host memory (%s, %s)",
             len(kept),
@@ -164,6 +167,16 @@ class HostExperts:
         ):
             for _ in pool.map(read, self._piece):
                 bar.update()
+
+    def _measure(self) -> float:
+        """Copies a piece a few times to where the slots are: the least time counts."""
+        into = torch.empty(self._stride, dtype=torch.uint8, device=self._device)
+        times = []
+        for _ in range(3):
+            begun = time.perf_counter_ns()
+            self._send({"": self._bounce[0]}, {"": into})
+            times.append(time.perf_counter_ns() - begun)
+        return min(times) / self._stride
 
     def _pin(self, room: AlignedBuffer) -> bool:
         """Page-locks the memory, without which copies to a GPU are slow and not beside computation."""

@@ -25,10 +25,12 @@ from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
 from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
 from .host_experts import HostExperts, host_budget
-from .measure_disk import reads_in_flight
+from .measure_disk import disk_constants
 from .predict.base import Predictor, Rows
-from .predict.choose import predictors_for
+from .predict.choose import Chosen, predictors_for
 from .predict.forecast import Forecast
+from .predict.look_ahead import LookAhead
+from .predict.meter import Meter
 from .readers import Priority, Read, Readers
 from .store import ExpertStore, Visit
 from .store_size import READS_IN_FLIGHT, StoreSize, share_out
@@ -47,6 +49,9 @@ POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "lru": LRU,
 }
 
+LOOK_AHEAD = 2
+"""Layers: a question takes some tenths of a millisecond."""
+
 log = logging.getLogger("moeyard.offload")
 
 
@@ -57,7 +62,9 @@ class OffloadPlan:
     size: StoreSize
     budget: Budget
     residency: str
-    predictors: list[Predictor]
+    predictors: Chosen
+    read_ns_per_byte: float
+    """Of the checkpoint's files."""
     host_bytes: int | None = None
     """Of host memory for experts beside the device's; None where the device is the host."""
 
@@ -91,9 +98,10 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
     if len(shapes) > 1:
         raise ValueError("expert_memory: the experts of this model's layers differ in shape; leave it out")
     with closing(ExpertFiles(readers)) as files:
-        reads = reads_in_flight(files, progress=config.progress) if on_cpu else READS_IN_FLIGHT
+        disk = disk_constants(files, progress=config.progress).values
     # A GPU's slots are filled from host memory: the buffers are there.
-    size = share_out(budget, readers[0].nbytes, files.buffer_bytes if on_cpu else 0, reads)
+    buffer, reads = (files.buffer_bytes, disk.best) if on_cpu else (0, READS_IN_FLIGHT)
+    size = share_out(budget, readers[0].nbytes, buffer, reads)
     experts = max(spec.num_experts for spec in specs)
     slots = min(size.slots, len(specs) * experts)
     floor = min(*(spec.top_k for spec in specs), slots // len(specs), experts)
@@ -101,14 +109,21 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
     predictors = predictors_for(config.predictor, blueprint.weights.checkpoint.fingerprint, len(specs), experts)
     residency = config.residency
     if residency == "auto":
-        residency = "predicted" if predictors else "default"
-    elif residency == "predicted" and not predictors:
+        residency = "predicted" if predictors.trained else "default"
+    elif residency == "predicted" and not predictors.trained:
         raise ValueError(
-            "residency is predicted, and no predictor was trained for this model; name one with --predictor FILE, or"
-            " use --residency default"
+            "residency is predicted, and no predictor was trained for this model; train one with moeyard"
+            " train-predictor, name one with --predictor FILE, or use --residency default"
         )
     host_bytes = None if on_cpu else host_budget(config.host_memory, total, sharing)
-    return OffloadPlan(size=size, budget=shared, residency=residency, predictors=predictors, host_bytes=host_bytes)
+    return OffloadPlan(
+        size=size,
+        budget=shared,
+        residency=residency,
+        predictors=predictors,
+        read_ns_per_byte=1e9 / disk.bytes_per_s,
+        host_bytes=host_bytes,
+    )
 
 
 class CheckpointSource:
@@ -154,7 +169,9 @@ class CheckpointSource:
 class Offload:
     """The store of a model's layers, and how each runs from it."""
 
-    def __init__(self, plan: OffloadPlan, layers: Sequence[MoELayer], *, progress: bool = False) -> None:
+    def __init__(
+        self, plan: OffloadPlan, layers: Sequence[MoELayer], blueprint: Blueprint, *, progress: bool = False
+    ) -> None:
         self.plan = plan
         pools = [layer.pool for layer in layers]
         files = ExpertFiles([pool.reader for pool in pools])
@@ -164,10 +181,32 @@ class Offload:
             host = HostExperts(files, pools, plan.host_bytes, plan.size.readers, progress=progress)
         self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
+        chosen = plan.predictors
+        self._look_ahead = LookAhead(blueprint.model, blueprint.spec, LOOK_AHEAD) if chosen.look_ahead else None
+        own = [self._look_ahead] if self._look_ahead is not None else []
         # A demand that finds the disk busy with a wrong guess waits for a piece; a right one saves an expert's reading.
         piece = min(PIECE_BYTES, plan.size.expert)
         least_chance = piece / (piece + plan.size.expert)
-        self.forecast = Forecast(plan.predictors, plan.budget.layers, plan.budget.experts, least_chance=least_chance)
+        ns_per_byte = host.ns_per_byte if host is not None else plan.read_ns_per_byte
+
+        def meter(predictor: Predictor, judged: bool) -> Meter:
+            return Meter(
+                predictor,
+                ns_per_byte=ns_per_byte,
+                wasted_ns_per_byte=ns_per_byte * piece / plan.size.expert,
+                resident=self.store.here,
+                least_chance=least_chance,
+                judged=judged,
+            )
+
+        self.forecast = Forecast(
+            [meter(predictor, False) for predictor in chosen.trained],
+            [meter(predictor, True) for predictor in (*own, *chosen.others)],
+            plan.budget.layers,
+            plan.budget.experts,
+            least_chance=least_chance,
+        )
+        self.store.heard = self.forecast.heard
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number)
 
@@ -178,14 +217,16 @@ class Offload:
         self.store.fetch_ahead(self.forecast.wants(-1))
 
     def forget(self) -> None:
-        """Empties the store, as after the start."""
+        """Empties the store, as after the start: the warm-up is over."""
+        if self._look_ahead is not None:
+            self._look_ahead.settle()
         self.store.forget(self.plan.policy())
 
     def close(self) -> None:
         """Ends reading. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
         self.store.close()
 
-    def figures(self) -> dict[str, int]:
+    def figures(self) -> dict[str, Any]:
         """The fields of `Stats` that are about the store."""
         figures = self.store.figures
         return {
@@ -199,6 +240,7 @@ class Offload:
             "expert_ahead_bytes": figures.ahead_bytes,
             "expert_ahead_used_bytes": figures.ahead_used_bytes,
             "expert_wait_ns": figures.waited_ns,
+            "predictors": self.forecast.figures(),
         }
 
 

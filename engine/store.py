@@ -148,6 +148,10 @@ class ExpertStore:
         """Layers and experts that are in their slots."""
         return frozenset(self._resident)
 
+    def here(self, layer: int) -> Any:
+        """[E] whom the policy gives a slot."""
+        return self._policy.resident_LE[layer]
+
     def begin_step(self) -> None:
         """A step of the engine: to the policy, all layers until the next one are of the same time."""
         self.step += 1

@@ -17,7 +17,7 @@ from moeyard.engine.engine import Engine
 from moeyard.engine.model import AttentionSpec, ExpertsSpec, ModelSpec
 from moeyard.engine.predict.base import Rows
 from moeyard.engine.predict.look_ahead import LookAhead, any_of
-from moeyard.engine.predict.meter import Meter
+from moeyard.engine.predict.meter import Measured
 from moeyard.engine.predict.routers import RouterWatch
 
 OPTIONS = {"dtype": "float32", "max_num_seqs": 4, "max_batched_tokens": 48, "block_size": 8, "progress": False}
@@ -181,25 +181,30 @@ def test_what_is_ahead_must_be_a_layer(tmp_path):
         LookAhead(nn.Linear(1, 1), ModelSpec(architecture="", hidden_size=1, vocab_size=1, attention=()), 0)
 
 
-def test_experts_are_read_ahead_on_its_word_and_metered(tmp_path, monkeypatch):
+def test_experts_are_read_ahead_on_its_word_and_metered(tmp_path):
     path = tiny.save("qwen3_moe", tmp_path / "model", num_hidden_layers=4, num_experts=32)
-    seen = Seen(path, monkeypatch, expert_memory="50%")
-    offload, experts = seen.engine._offload, range(32)
-    assert offload.plan.size.ahead
-    meter = Meter(
-        seen.look,
-        ns_per_byte=1e6,
-        resident=lambda layer: np.array([(layer, expert) in offload.store.resident for expert in experts]),
+    engine = Engine(
+        EngineConfig(
+            model=str(path),
+            dtype="float32",
+            device="cpu",
+            threads=1,
+            kv_memory="8MiB",
+            progress=False,
+            expert_memory="50%",
+        )
     )
-    offload.forecast.predictors.append(meter)
-    offload.forecast._least = 0.1  # experts that are worth reading ahead are larger than these
-    offload.store.heard = lambda by, nbytes, used: meter.heard(nbytes, used) if by == "look_ahead" else None
-    texts = prompts(seen.engine.vocab_size, 1, longest=20)
-    assert generate(seen.engine, texts, 12) == reference(path, texts, 12)
-    stats, measured = seen.engine.stats(False), meter.measured()
+    forecast = engine._offload.forecast
+    assert engine._offload.plan.size.ahead and "look_ahead" in [meter.name for meter in forecast.meters]
+    forecast.meters = [meter for meter in forecast.meters if meter.name == "look_ahead"]
+    forecast._least = 0.1  # experts that are worth reading ahead are larger than these
+    texts = prompts(100, 1, longest=20)
+    assert generate(engine, texts, 12) == reference(path, texts, 12)
+    stats = engine.stats(with_experts=False)
+    measured = Measured.from_list(stats.predictors["look_ahead"])
     assert stats.expert_ahead > 0 and measured.used_bytes > 0 and measured.us_per_token > 0
     assert 0 < measured.recall_k <= measured.recall_2k <= 1 and measured.precision is not None
-    seen.engine.close()
+    engine.close()
 
 
 # The watch

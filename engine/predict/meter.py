@@ -144,8 +144,8 @@ class Meter(Predictor):
 
     Args:
         predictor: whose name it takes.
-        ns_per_byte: how long the disk takes for a byte: what one that was read ahead and used gains, and one that was
-            not used costs the others.
+        ns_per_byte: how long the disk takes for a byte: what one that was read ahead and used gains.
+        wasted_ns_per_byte: what one that was not used costs the others; as much by default.
         resident: [E] for a layer, which experts need not be read. None: precision is not measured.
         least_chance: from which an expert is read ahead.
         judged: whether the store tells of all that it is good for. Without that it is measured but stays on.
@@ -156,6 +156,7 @@ class Meter(Predictor):
         predictor: Predictor,
         *,
         ns_per_byte: float,
+        wasted_ns_per_byte: float | None = None,
         resident: Callable[[int], Array] | None = None,
         least_chance: float = 0.5,
         judged: bool = True,
@@ -164,6 +165,7 @@ class Meter(Predictor):
         self.predictor = predictor
         self.name = predictor.name
         self._ns_per_byte = ns_per_byte
+        self._wasted_ns_per_byte = ns_per_byte if wasted_ns_per_byte is None else wasted_ns_per_byte
         self._resident = resident
         self._least = least_chance
         self._judged = judged
@@ -188,6 +190,16 @@ class Meter(Predictor):
     def on(self) -> bool:
         """Whether it is asked, in steps of as many tokens as the last one."""
         return self._switch.on or not self._judged
+
+    @property
+    def reads(self) -> bool:
+        """Whether reading ahead on its word pays, in steps of as many tokens as the last one."""
+        return self._switch.on
+
+    @property
+    def compares(self) -> bool:
+        """Whether what it says in this step is compared with what the routers choose."""
+        return self._compares
 
     def measured(self) -> Measured:
         return dataclasses.replace(self._measured, on=float(self.on))
@@ -284,6 +296,6 @@ class Meter(Predictor):
         figures.read_bytes += self._read_bytes
         figures.used_bytes += self._used_bytes
         wasted = self._read_bytes - self._used_bytes
-        spent_ns = self._ns + round(wasted * self._ns_per_byte)
+        spent_ns = self._ns + round(wasted * self._wasted_ns_per_byte)
         self._switch.step(round(self._used_bytes * self._ns_per_byte), spent_ns)
         self._ns = self._tokens = self._read_bytes = self._used_bytes = 0
