@@ -47,6 +47,7 @@ from .model import plug, unplug
 from .moe import MoEFunction, calibrate
 from .offload import Offload, plan_offload
 from .overlap import find_overlap
+from .own_experts import OwnExperts
 from .parallel import Parallel, Seat, balance_planner, check_alike, first_tables
 from .params import SamplingParams
 from .predict.base import Rows
@@ -54,7 +55,8 @@ from .progress import Progress
 from .recorder import RoutingRecorder
 from .resolve import resolve_model
 from .sampling import Sampled, SequenceSampler, sample
-from .store import ExpertLate
+from .step_reads import ReadFailed, wait_s
+from .store import READ_TIMEOUT_S, ExpertLate
 
 logger = logging.getLogger(__name__)
 
@@ -280,15 +282,16 @@ class Engine:
         if self._parallel is not None:
             plan = self._parallel.agree(sum(step.tokens.values()), self._scheduler.has_work)
             if plan is not None and not step.tokens:
-                with torch.inference_mode():
-                    self._parallel.take_part()
+                self._take_part()
         if not step.tokens:
             return []
         if self._parallel is None:
             self.progress.step += 1
         try:
             logits_BV = self._run(step)
-        except (ExpertUnreadable, ExpertLate) as error:
+            if self._parallel is not None:
+                self._parallel.settle_reads()
+        except (ExpertUnreadable, ExpertLate, ReadFailed) as error:
             logger.error("%s; %d requests of this step end with it", error, len(step.tokens))
             return [self._fail(request_id, str(error)) for request_id in step.tokens]
         if self._parallel is not None:
@@ -300,6 +303,16 @@ class Engine:
         requests = [self._scheduler.get(request_id) for request_id in step.samples]
         results = sample(logits_BV, [r.payload.sampler for r in requests]) if requests else []
         return [self._advance(request, result) for request, result in zip(requests, results, strict=True)]
+
+    @torch.inference_mode()
+    def _take_part(self) -> None:
+        """A step in which only other ranks have tokens."""
+        assert self._parallel is not None
+        if self._offload is not None:
+            self._offload.begin_step(())
+        self._parallel.take_part()
+        with contextlib.suppress(ReadFailed):  # those say so whose tokens they were
+            self._parallel.settle_reads()
 
     def stats(self, with_experts: bool) -> Stats:
         counted: dict[str, Any] = {f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()}
@@ -348,8 +361,14 @@ class Engine:
         rows = [table.slots_PS[group.position] for table in tables]
         readers = [blueprint.weights.reader(layer) for layer in blueprint.spec.experts]
         own = sum(reader.nbytes * len(row) for reader, row in zip(readers, rows, strict=True))
-        check_weights_fit(blueprint.footprint, self.device, own, seat.local_ranks)
-        experts = load(blueprint, progress=config.progress and seat.local_rank == 0, slots=rows)
+        plan = plan_offload(config, blueprint)
+        check_weights_fit(blueprint.footprint, self.device, plan.size.nbytes if plan else own, seat.local_ranks)
+        experts = load(blueprint, progress=config.progress and seat.local_rank == 0, slots=rows, offload=plan)
+        if plan is not None:
+            self._offload = Offload(plan, experts.layers)
+            self._offload.store.timeout_s = min(READ_TIMEOUT_S, wait_s(config.collective_timeout))
+            for layer, reader, row in zip(experts.layers, readers, rows, strict=True):
+                layer.own = OwnExperts(reader, row)
         for layer in experts.layers:
             layer.overlap = find_overlap(blueprint.model, layer.pool.spec.module)
         self._counts_LE = _together([layer.counts_E for layer in experts.layers])

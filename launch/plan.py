@@ -19,7 +19,6 @@ from . import offload_budgets, profile
 
 if TYPE_CHECKING:
     from ..engine.loader import Blueprint
-    from ..engine.memory import Footprint
     from ..engine.offload import OffloadPlan
 
 
@@ -44,7 +43,7 @@ def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
             print(f"  a part of the experts cannot be in memory: {error}")
     if suggested is not None:
         print(f"  with --expert-memory {suggested} it would fit")
-    if suggested is not None or config.expert_memory is not None:
+    if suggested is not None or (config.expert_memory is not None and ranks == 1):
         worth = offload_budgets.budgets(config, blueprint, free, suggested)
     for line in profile.lines(config, blueprint, worth.disk if worth else None):
         print(line)
@@ -60,7 +59,7 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
 
     size = blueprint.footprint
     ranks, on_cpu = config.ep or 1, blueprint.device.type == "cpu"
-    experts, note = size.experts, f"{size.num_experts} experts"
+    experts, slots, note = size.experts, size.num_experts, f"{size.num_experts} experts"
     if ranks > 1:
         layers = [
             (slots_needed(spec.num_experts, ranks, config.redundant_experts), blueprint.weights.reader(spec).nbytes)
@@ -68,13 +67,14 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
         ]
         experts, slots = sum(slots * nbytes for slots, nbytes in layers), sum(slots for slots, _ in layers)
         note = f"room for {slots} of {size.num_experts} experts"
-    offload = plan_offload(config, blueprint) if ranks == 1 else None
+    offload = plan_offload(config, blueprint)
     below: list[tuple[str, float, str]] = []
     if offload is not None:
         store = offload.size
         experts = store.nbytes
-        note = f"{store.slots} of {size.num_experts} experts stay, {store.staging} at a time pass through,"
-        below += _below(offload, size)
+        of = f"{slots} experts" if ranks == 1 else f"the {slots} that a rank has"
+        note = f"{store.slots} of {of} stay, {store.staging} at a time pass through,"
+        below += _below(offload, size.expert, slots)
     left = free - size.dense - experts
     where = "RAM" if on_cpu else "GPU"
     total = f"of {format_size(_total(blueprint.device.type))}"
@@ -111,15 +111,15 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
     return 0
 
 
-def _below(offload: OffloadPlan, size: Footprint) -> list[tuple[str, float, str]]:
+def _below(offload: OffloadPlan, expert: int, experts: int) -> list[tuple[str, float, str]]:
     """The rows of the experts that have no place on the device: in a GPU's host memory, and on disk."""
     if offload.host_bytes is None:
-        others = size.num_experts - offload.budget.slots
-        return [("read from disk", others * size.expert, f"the other {others} experts, when they are needed")]
-    kept = min(offload.host_bytes // size.expert, size.num_experts)
-    rows: list[tuple[str, float, str]] = [("host memory", kept * size.expert, f"{kept} of {size.num_experts} experts")]
-    if others := size.num_experts - kept:
-        rows.append(("read from disk", others * size.expert, f"the other {others} experts, when they are needed"))
+        others = experts - offload.budget.slots
+        return [("read from disk", others * expert, f"the other {others} experts, when they are needed")]
+    kept = min(offload.host_bytes // expert, experts)
+    rows: list[tuple[str, float, str]] = [("host memory", kept * expert, f"{kept} of {experts} experts")]
+    if others := experts - kept:
+        rows.append(("read from disk", others * expert, f"the other {others} experts, when they are needed"))
     return rows
 
 
