@@ -23,21 +23,23 @@ class ReadFailed(RuntimeError):
 class StepReads:
     """The reads of one rank's steps, one step after the other.
 
-    In a layer others wait for this rank, and at most as long as an exchange may take: the reads of one layer get half
-    of that, and the last of them may take a quarter more (`wait_s`).
+    In a layer others wait for this rank, and at most as long as an exchange may take: from the arrival of the layer's
+    first tokens on its reads get half of that, and the last of them may take a quarter more (`wait_s`).
     """
 
     def __init__(self, group: RankGroup) -> None:
         self._group = group
         self._error: str | None = None
-        self._deadline = 0.0
+        self._deadline: float | None = None
 
     def begin_layer(self) -> None:
-        """The layer's time for reads begins."""
-        self._deadline = time.monotonic() + self._group.timeout_s / 2
+        """Another layer: its time for reads begins with the next `run`."""
+        self._deadline = None
 
     def run(self, compute: Callable[[float], torch.Tensor], x_RD: torch.Tensor) -> torch.Tensor:
         """`compute(deadline)`, the sums [R, D] for the rows `x_RD`; zeros once a read of this step has failed."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._group.timeout_s / 2
         if self._error is None:
             try:
                 return compute(self._deadline)
