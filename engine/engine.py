@@ -361,11 +361,12 @@ class Engine:
         rows = [table.slots_PS[group.position] for table in tables]
         readers = [blueprint.weights.reader(layer) for layer in blueprint.spec.experts]
         own = sum(reader.nbytes * len(row) for reader, row in zip(readers, rows, strict=True))
-        plan = plan_offload(config, blueprint)
+        plan = plan_offload(config, blueprint, seat.local_ranks)
         check_weights_fit(blueprint.footprint, self.device, plan.size.nbytes if plan else own, seat.local_ranks)
         experts = load(blueprint, progress=config.progress and seat.local_rank == 0, slots=rows, offload=plan)
         if plan is not None:
-            self._offload = Offload(plan, experts.layers)
+            show = config.progress and seat.local_rank == 0
+            self._offload = Offload(plan, experts.layers, own=rows, progress=show)
             self._offload.store.timeout_s = min(READ_TIMEOUT_S, wait_s(config.collective_timeout))
             for layer, reader, row in zip(experts.layers, readers, rows, strict=True):
                 layer.own = OwnExperts(reader, row)

@@ -164,14 +164,22 @@ class CheckpointSource:
 class Offload:
     """The store of a model's layers, and how each runs from it."""
 
-    def __init__(self, plan: OffloadPlan, layers: Sequence[MoELayer], *, progress: bool = False) -> None:
+    def __init__(
+        self,
+        plan: OffloadPlan,
+        layers: Sequence[MoELayer],
+        *,
+        own: Sequence[Sequence[int]] | None = None,
+        progress: bool = False,
+    ) -> None:
+        """`own` are the experts of each layer that this rank has (-1: none), if not all: they may be in host memory."""
         self.plan = plan
         pools = [layer.pool for layer in layers]
         files = ExpertFiles([pool.reader for pool in pools])
         files.drop_cached_pages()
         host = None
         if plan.host_bytes is not None:
-            host = HostExperts(files, pools, plan.host_bytes, plan.size.readers, progress=progress)
+            host = HostExperts(files, pools, plan.host_bytes, plan.size.readers, own=own, progress=progress)
         self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
         # A demand that finds the disk busy with a wrong guess waits for a piece; a right one saves an expert's reading.

@@ -40,4 +40,6 @@ class OwnExperts:
 
     def experts_in(self, slots_RK: torch.Tensor) -> torch.Tensor:
         """[R, K] the experts of slots; -1 stays -1."""
-        return torch.tensor([*self.contents, EMPTY])[slots_RK]  # -1 is the last, of which there is none
+        return torch.tensor([*self.contents, EMPTY], device=slots_RK.device)[
+            slots_RK
+        ]  # -1 is the last, of which there is none

@@ -1,5 +1,6 @@
 """Several ranks, each with a part of its experts in memory: the same tokens, wherever an expert is and goes."""
 
+import dataclasses
 import os
 import threading
 from pathlib import Path
@@ -222,6 +223,37 @@ def test_a_new_placement_moves_no_weights(checkpoints, wanted, worlds):
     for name in ("expert_hits", "expert_misses", "expert_read_bytes", "expert_resident_bytes"):
         values = [getattr(facts["stats"], name) for ((_, facts),) in results]
         assert getattr(total, name) == sum(values) and min(values) > 0
+
+
+def in_host_memory(group, path, by_rank, tables):
+    """Each rank with a host tier, as on a GPU: who is there, and who was read from files after the start."""
+    from moeyard.engine import engine as engine_module
+
+    plan_offload = engine_module.plan_offload
+    engine_module.plan_offload = lambda *args: dataclasses.replace(plan_offload(*args), host_bytes=2**30)
+    try:
+        engine = make(group, path, expert_memory="40%")
+    finally:
+        engine_module.plan_offload = plan_offload
+    source, read = engine._offload.source, []
+    steps = source._files.steps
+    source._files.steps = lambda layer, expert, buffer: read.append((layer, expert)) or steps(layer, expert, buffer)
+    out = submit(engine, by_rank[group.position], NEW_TOKENS)
+    run_until_done(engine, out, before_step=lambda step: engine.place(1, tables) if step == 4 else None)
+    here = {(layer, expert) for layer in range(3) for expert in range(32) if (layer, expert) in source.host}
+    engine.close()
+    return list(out.values()), here, set(read)
+
+
+def test_a_host_tier_has_the_ranks_own_experts(checkpoints, wanted, worlds):
+    path = checkpoints("qwen3_moe")
+    texts, expected = wanted("qwen3_moe")
+    by_rank, answers = shared_out(texts, 2), shared_out(expected, 2)
+    results = worlds[2].run(in_host_memory, path, by_rank, [turned(32, 16).to_lists()] * 3)
+    for rank, (out, here, read) in enumerate(results):
+        assert out == answers[rank]
+        assert here == {(layer, e) for layer in range(3) for e in placement.linear(32, 2, 16).slots_PS[rank]}
+        assert read and not read & here  # those that came by the new placement
 
 
 def lose_two(group, path, texts):
