@@ -66,12 +66,20 @@ def worlds():
         one.close()
 
 
+def few_rows(*args, **options):
+    return 4
+
+
+def constants(*args, **options):
+    return CONSTANTS
+
+
 def make(group, path, loads=None, **options):
     """An engine whose starts compute alike without measuring."""
     from moeyard.engine import measure, moe
 
-    moe.few_rows_of = lambda layer, progress: 4
-    measure.measure = lambda *args, **options: CONSTANTS
+    moe.few_rows_of = few_rows
+    measure.measure = constants
     return make_engine(group, path, loads, **{**OPTIONS, **options})
 
 
