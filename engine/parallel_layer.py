@@ -127,7 +127,7 @@ class ParallelLayer:
         slots_RK = arrived.slots_RK
         guests_expected = balance is not None and balance.guests_expected
         if guests_expected:
-            slots_RK = slots_RK.masked_fill(slots_RK >= layer.pool.num_slots, -1)
+            slots_RK = slots_RK.masked_fill(slots_RK >= layer.own.num_slots, -1)
         with progress.span("experts"):
             if self.context.reads is not None:
                 run = partial(layer.run_own, arrived.x_RD, slots_RK, arrived.weights_RK, None)
@@ -140,7 +140,7 @@ class ParallelLayer:
         guests = balance.guests()  # also passes on what others wait for
         if guests:
             with progress.span("experts"):
-                numbers_RK = torch.where(arrived.slots_RK >= layer.pool.num_slots, arrived.slots_RK, -1)
+                numbers_RK = torch.where(arrived.slots_RK >= layer.own.num_slots, arrived.slots_RK, -1)
                 if numbers_RK.device.type == "cuda" and not self.context.plan.balanced:
                     return y_RD + run_guests_on_all(arrived.x_RD, numbers_RK, arrived.weights_RK, guests, layer.gate)
                 _add_guests(y_RD, arrived, numbers_RK, guests, layer)
@@ -157,7 +157,7 @@ class ParallelLayer:
             arrived = chunk.arrive()
             slots_RK = arrived.slots_RK
             with self.context.group.progress.span("experts"):
-                whole_RK = slots_RK.masked_fill(slots_RK >= layer.pool.num_slots, -1)
+                whole_RK = slots_RK.masked_fill(slots_RK >= layer.own.num_slots, -1)
                 y_RD, _ = layer.run_local(arrived.x_RD, whole_RK, arrived.weights_RK, int((whole_RK >= 0).sum()))
                 for number, part in balance.late_parts():
                     _add_guests(y_RD, arrived, torch.where(slots_RK == number, number, -1), {number: part}, layer)

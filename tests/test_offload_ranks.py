@@ -196,6 +196,15 @@ def test_greedy_tokens_are_those_of_transformers(checkpoints, wanted, worlds, ar
     assert hits == sorted(hits, reverse=True)
 
 
+def test_room_for_all_of_a_ranks_experts_is_as_without_the_option(checkpoints, wanted, worlds):
+    texts, expected = wanted("qwen3_moe")
+    results = worlds[2].run(generate, checkpoints("qwen3_moe"), shared_out(texts, 2), {}, ["100%"])
+    for ((out, facts),), answers in zip(results, shared_out(expected, 2), strict=True):
+        assert out == answers
+        assert "size" not in facts and facts["stats"].expert_misses == 0
+        assert facts["slots"] == [16] * 3 and facts["guest_bytes"] > 0
+
+
 def told(stats):
     """What the front end makes of all ranks' reports."""
     totals = Totals()
