@@ -16,7 +16,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from filelock import FileLock
 from ..kernels.environment import usable_cores
 from ..kernels.threads import set_threads
 from ..kernels.warm_up import warm_up
-from ..scheduler.balance.baselines import Planner
 from ..scheduler.batching import Scheduler, Step
 from ..scheduler.blocks import BlockPool
 from ..scheduler.requests import Request
@@ -64,6 +63,8 @@ GIVE_BACK_TOKENS = 256
 """Steps of so many tokens leave holes in the heap that the next ones do not fit into; about a millisecond each."""
 COMPILE_WAIT_S = 300.0
 """How long another process may compile before this one does so beside it."""
+DISK_WAIT_S = 120.0
+"""How long another rank may measure the disk before this one does so beside it."""
 START_TIMEOUT_S = 3600.0
 """How long a rank may wait for another that loads; the front end's own limit is shorter."""
 
@@ -361,7 +362,10 @@ class Engine:
         rows = [table.slots_PS[group.position] for table in tables]
         readers = [blueprint.weights.reader(layer) for layer in blueprint.spec.experts]
         own = sum(reader.nbytes * len(row) for reader, row in zip(readers, rows, strict=True))
-        plan = plan_offload(config, blueprint, seat.local_ranks)
+        plan = None
+        if config.expert_memory is not None:
+            with _in_turn("disk", DISK_WAIT_S):  # the first measures it for all; together they would measure less
+                plan = plan_offload(config, blueprint, seat.local_ranks)
         check_weights_fit(blueprint.footprint, self.device, plan.size.nbytes if plan else own, seat.local_ranks)
         experts = load(blueprint, progress=config.progress and seat.local_rank == 0, slots=rows, offload=plan)
         if plan is not None:
@@ -546,19 +550,24 @@ def _compile(config: EngineConfig, seat: Seat | None, on_cpu: bool) -> None:
     planner = balance_planner(config) if seat is not None else None
     if config.progress and (seat is None or seat.local_rank == 0):
         logger.info("loading compiled code; the first start on a machine compiles it, which takes up to a minute")
+    with _in_turn("compile", COMPILE_WAIT_S):
+        if on_cpu:
+            warm_up()
+        if planner is not None:
+            planner_warm_up(planner)
+
+
+@contextlib.contextmanager
+def _in_turn(what: str, timeout_s: float) -> Iterator[None]:
+    """One process of a user at a time does this; one that holds it for longer is stuck, and is not waited for."""
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
-    lock = FileLock(Path(tempfile.gettempdir()) / f"moeyard-compile-{user}.lock", timeout=COMPILE_WAIT_S)
-    with contextlib.suppress(TimeoutError), lock:  # whoever holds it for so long is stuck: compile beside it
-        _compile_now(on_cpu, planner)
-        return
-    _compile_now(on_cpu, planner)
-
-
-def _compile_now(on_cpu: bool, planner: Planner | None) -> None:
-    if on_cpu:
-        warm_up()
-    if planner is not None:
-        planner_warm_up(planner)
+    lock = FileLock(Path(tempfile.gettempdir()) / f"moeyard-{what}-{user}.lock", timeout=timeout_s)
+    with contextlib.suppress(TimeoutError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _eos_ids(path: Any, config: Any) -> frozenset[int]:

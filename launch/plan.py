@@ -1,14 +1,15 @@
 """`moeyard plan`: what a checkpoint takes and what fits, from its headers alone, before anything is loaded.
 
-With `--expert-memory`, or where only that would make it fit, it says what speed to expect by how much of the experts is
-in memory; for that it measures the memory, and the disk if that has not been. With `--ep N` the memory is that of each
-of N ranks: all dense weights, its share of the experts, its own KV cache. The constants that were measured for this
-model are shown, too. A Hub id is downloaded first, as `serve` would.
+With `--expert-memory`, or where only that would make it fit, it says for one rank what speed to expect by how much of
+the experts is in memory; for that it measures the memory, and the disk if that has not been. With `--ep N` the memory
+is that of each of N ranks: all dense weights, its share of the experts, its own KV cache. The constants that were
+measured for this model are shown, too. A Hub id is downloaded first, as `serve` would.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING
 
 import psutil
@@ -19,6 +20,7 @@ from . import offload_budgets, profile
 
 if TYPE_CHECKING:
     from ..engine.loader import Blueprint
+    from ..engine.memory import Footprint
     from ..engine.offload import OffloadPlan
 
 
@@ -74,7 +76,7 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
         experts = store.nbytes
         of = f"{slots} experts" if ranks == 1 else f"the {slots} that a rank has"
         note = f"{store.slots} of {of} stay, {store.staging} at a time pass through,"
-        below += _below(offload, size.expert, slots)
+        below += _below(offload, dataclasses.replace(size, num_experts=slots))
     left = free - size.dense - experts
     where = "RAM" if on_cpu else "GPU"
     total = f"of {format_size(_total(blueprint.device.type))}"
@@ -111,15 +113,15 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
     return 0
 
 
-def _below(offload: OffloadPlan, expert: int, experts: int) -> list[tuple[str, float, str]]:
+def _below(offload: OffloadPlan, size: Footprint) -> list[tuple[str, float, str]]:
     """The rows of the experts that have no place on the device: in a GPU's host memory, and on disk."""
     if offload.host_bytes is None:
-        others = experts - offload.budget.slots
-        return [("read from disk", others * expert, f"the other {others} experts, when they are needed")]
-    kept = min(offload.host_bytes // expert, experts)
-    rows: list[tuple[str, float, str]] = [("host memory", kept * expert, f"{kept} of {experts} experts")]
-    if others := experts - kept:
-        rows.append(("read from disk", others * expert, f"the other {others} experts, when they are needed"))
+        others = size.num_experts - offload.budget.slots
+        return [("read from disk", others * size.expert, f"the other {others} experts, when they are needed")]
+    kept = min(offload.host_bytes // size.expert, size.num_experts)
+    rows: list[tuple[str, float, str]] = [("host memory", kept * size.expert, f"{kept} of {size.num_experts} experts")]
+    if others := size.num_experts - kept:
+        rows.append(("read from disk", others * size.expert, f"the other {others} experts, when they are needed"))
     return rows
 
 

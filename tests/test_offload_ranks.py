@@ -11,6 +11,7 @@ import world
 from test_parity import prompts, reference
 from test_ranks import facts_of, make_engine, run_until_done, shared_out, submit
 
+from moeyard.engine import measure_disk, offload
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.group import RankLost
 from moeyard.engine.messages import Placed
@@ -66,7 +67,7 @@ def worlds():
         one.close()
 
 
-def few_rows(*args, **options):
+def four(*args, **options):
     return 4
 
 
@@ -78,8 +79,9 @@ def make(group, path, loads=None, **options):
     """An engine whose starts compute alike without measuring."""
     from moeyard.engine import measure, moe
 
-    moe.few_rows_of = few_rows
+    moe.few_rows_of = four
     measure.measure = constants
+    offload.reads_in_flight = four
     return make_engine(group, path, loads, **{**OPTIONS, **options})
 
 
@@ -439,7 +441,9 @@ def test_a_file_that_is_removed_while_serving_ends_the_requests_of_all_ranks(wor
 # Options
 
 
-def test_each_rank_gets_its_share(checkpoints, capsys):
+def test_each_rank_gets_its_share(checkpoints, capsys, monkeypatch):
+    monkeypatch.setattr(offload, "reads_in_flight", four)
+    monkeypatch.setattr(measure_disk, "CASE_S", 0.0)
     path = checkpoints("qwen3_moe")
     base = {"model": str(path), "dtype": "float32", "device": "cpu", "kv_memory": "1MiB", "expert_memory": "25%"}
     lines = {}
