@@ -18,6 +18,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from ..scheduler.table import EMPTY
 from .config import format_size, parse_budget
 from .expert_files import AlignedBuffer, ExpertFiles
 
@@ -58,16 +59,25 @@ class HostExperts:
         pools: of the layers, for the layout.
         budget: bytes of experts here; with less than all, the first ones of all layers.
         buffers: reads at a time, when serving.
+        own: who may be here, of each layer; None for all. The others are read from files.
     """
 
     def __init__(
-        self, files: ExpertFiles, pools: Sequence[ExpertPool], budget: int, buffers: int, *, progress: bool = False
+        self,
+        files: ExpertFiles,
+        pools: Sequence[ExpertPool],
+        budget: int,
+        buffers: int,
+        *,
+        own: Sequence[Sequence[int]] | None = None,
+        progress: bool = False,
     ) -> None:
         self._files = files
         self._pools = pools
         self._device = pools[0].up_SND.device
         self._stride = -(-sum(_sizes(pools[0])) // ALIGNMENT) * ALIGNMENT
-        experts = [(layer, e) for layer, n in enumerate(files.num_experts_L) for e in range(n)]
+        rows = [range(n) for n in files.num_experts_L] if own is None else own
+        experts = [(layer, e) for layer, row in enumerate(rows) for e in row if e != EMPTY]
         experts.sort(key=lambda at: at[::-1])
         kept = experts[: budget // self._stride]
         room = AlignedBuffer(self._stride * (len(kept) + buffers))
