@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..scheduler.balance.model import bound, transfer_ns
-from ..scheduler.balance.problem import PS, Integers, Problem
+from ..scheduler.balance.problem import FS, PS, Integers, Problem
 
 AVAILABLE = find_spec("scipy") is not None
 """Whether there is a solver. It is imported when it is needed: that takes a while."""
@@ -23,6 +23,8 @@ ENOUGH = 0.97
 """A plan whose `model.bound` is that near to its time needs no better one."""
 EXACT = 1 << 40
 """Multipliers are rounded to so many parts of one."""
+FINE = 1 << 30
+"""Shares of a link's time are, too."""
 
 
 def sharper(problem: Problem, time_ns: int) -> int:
@@ -50,14 +52,19 @@ def impossible(problem: Problem, ns: int) -> bool:
 class _Elsewhere(NamedTuple):
     """What ranks that do not hold an expert can do of it: at most so much work, at the least cost of a guest's time for
     it in 1024ths; and when the first part of it can be there.
+
+    Where it cannot come whole: by how many ranks at least all of it is done in parts, and for how long by each of them.
     """
 
     work_ps: int
     cost: int
     arrival_ps: int
+    whole: bool
+    parts: int
+    part_ps: int
 
 
-NOWHERE = _Elsewhere(0, 1024, 0)
+NOWHERE = _Elsewhere(0, 1024, 0, False, 0, 0)
 
 
 def _elsewhere(problem: Problem, ns: int, load: int, holders: int, bundles: int) -> _Elsewhere:
@@ -69,6 +76,7 @@ def _elsewhere(problem: Problem, ns: int, load: int, holders: int, bundles: int)
     rates = problem.rates
     row = max(rates.row_ps, rates.wire_ps)
     work_ps, cost, first_ns, whole_ns = 0, 0, ns, 0
+    whole, least_parts, part_ps = False, 0, 0
     for parts in range(1, min(problem.most_parts, problem.ranks - holders) + 1):
         near, far = transfer_ns(problem, parts, False), transfer_ns(problem, parts, True)
         soonest = min(near, far) if bundles else near
@@ -87,8 +95,13 @@ def _elsewhere(problem: Problem, ns: int, load: int, holders: int, bundles: int)
         took = parts * rates.guest_ns * PS + max(rates.expert_ps, each * rows)
         share = 1024 * took // (row * rows)
         cost = min(cost, share) if cost else share
+        whole |= parts == 1
         work_ps = row * load if parts == 1 else max(work_ps, row * rows)
-    return _Elsewhere(work_ps, cost, first_ns * PS) if work_ps else NOWHERE
+        if rows == load:
+            least_parts = least_parts or parts
+            part = rates.guest_ns * PS + max(rates.expert_ps, each * load) // parts
+            part_ps = min(part_ps, part) if part_ps else part
+    return _Elsewhere(work_ps, cost, first_ns * PS, whole, least_parts, part_ps) if work_ps else NOWHERE
 
 
 def _sent(parts: int, near: int, links: int, far: int, bundles: int) -> int:
@@ -172,11 +185,97 @@ def _programme(problem: Problem, ns: int) -> _Programme:
     rows.add(np.full(ranks, time_ps), (rank_J, j, 1), (p, guests_P, 1))
     nought = np.zeros(1, dtype=np.int64)
     rows.add(nought, (np.zeros_like(e), away, cost_L), (np.zeros_like(p), guests_P, -1024))
+    if several:
+        _bundles(problem, ns, found, away_L, (rank_J, expert_J), 2 * n + ranks, rows)
+    more = _only_in_parts(problem, time_ps, found, (rank_J, expert_J), guests_P, len(live) + 2 * n + ranks, rows)
     at, columns, values = (np.concatenate(it) for it in zip(*rows.parts, strict=True))
     most = np.concatenate(
-        [most_J, one(n, dtype=np.int64), np.full(ranks, time_ps - arrival_ps), away_L],
+        [most_J, one(n, dtype=np.int64), np.full(ranks, time_ps - arrival_ps), away_L, one(more, dtype=np.int64)],
     )
     return _Programme(at, columns, values, np.concatenate(rows.limits), most)
+
+
+def _bundles(
+    problem: Problem,
+    ns: int,
+    found: list[_Elsewhere],
+    away_L: Integers,
+    pairs: tuple[Integers, Integers],
+    first: int,
+    rows: _Rows,
+) -> None:
+    """Adds that experts which cannot leave whole share the links between nodes, for what near links have no time for.
+
+    By then no other rank has such an expert to send. `first` is the column of the first expert's work elsewhere.
+    """
+    rates = problem.rates
+    if not rates.near_fs_per_byte:
+        return
+    rank_J, expert_J = pairs
+    last_ns = ns + rates.hidden_ns - rates.guest_ns
+    nodes = int(problem.node_P.max()) + 1
+    terms: dict[int, list[tuple[int, int]]] = {}
+    for i, it in enumerate(found):
+        if it.whole or not it.work_ps:
+            continue
+        held = rank_J[expert_J == i]
+        far_bytes = problem.expert_bytes - len(held) * last_ns * FS // rates.near_fs_per_byte - 1
+        took = max(0, far_bytes) * rates.far_fs_per_byte // FS
+        value = took * FINE // int(away_L[i])
+        if value:
+            homes = np.unique(problem.node_P[held]).tolist()
+            terms.setdefault(homes[0] if len(homes) == 1 else -1, []).append((first + i, value))
+    everything = [it for some in terms.values() for it in some]
+    for most, some in [(1, terms[node]) for node in terms if node >= 0] + [(nodes, everything)] * bool(everything):
+        columns, values = (np.array(it, dtype=np.int64) for it in zip(*some, strict=True))
+        rows.add(np.array([most * last_ns * FINE]), (np.zeros_like(columns), columns, values))
+
+
+def _only_in_parts(
+    problem: Problem,
+    time_ps: int,
+    found: list[_Elsewhere],
+    pairs: tuple[Integers, Integers],
+    guests_P: Integers,
+    first: int,
+    rows: _Rows,
+) -> int:
+    """Adds that experts which cannot leave whole are streamed by a holder, or all of them is done in parts by others.
+
+    Whether they are is a number from 0 to 1, and for each rank another one, whether it has a part. What a rank streams
+    and has parts of are whole numbers, from which follows more than from its time alone (mixed-integer rounding).
+    Returns how many numbers are new; `first` is the first one's column.
+    """
+    expert_ps = problem.rates.expert_ps
+    if not expert_ps:
+        return 0
+    rank_J, expert_J = pairs
+    streams_J = len(rank_J) + np.arange(len(rank_J))
+    places, rest = divmod(time_ps, expert_ps)
+    count = 0
+    terms: list[tuple[Integers, Integers, int]] = [(rank_J, streams_J, 1024)]
+    for i, it in enumerate(found):
+        if it.whole:
+            continue
+        nought = np.zeros(1, dtype=np.int64)
+        held = expert_J == i
+        streamed = (np.zeros(int(held.sum()), dtype=np.int64), streams_J[held], -1)
+        if not it.parts:
+            rows.add(nought - 1, streamed)
+            continue
+        others = np.setdiff1d(guests_P - guests_P[0], rank_J[held])
+        away, here = nought + first + count, first + count + 1 + np.arange(len(others))
+        count += 1 + len(others)
+        rows.add(nought - 1, streamed, (nought, away, -1))
+        rows.add(nought, (nought, away, it.parts), (np.zeros_like(here), here, -1))
+        whole, part = divmod(it.part_ps, expert_ps)
+        rounded = 1024 * whole + 1024 * max(0, part - rest) // (expert_ps - rest)
+        terms.append((others, here, rounded))
+        rows.add(np.zeros(len(others), dtype=np.int64), (np.arange(len(others)), here, it.part_ps),
+                 (np.arange(len(others)), guests_P[others], -1))  # fmt: skip
+    if count:
+        rows.add(np.full(len(guests_P), 1024 * places), *terms)
+    return count
 
 
 def _refuted(programme: _Programme) -> bool:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import numpy as np
 
 from .compiled import compiled
-from .leaving import all_left, leaving_ns, link_steps
+from .leaving import all_left, leaving_ns, left_by, link_steps
 from .streaming import streaming_ns
 
-WEIGHTS = np.array([2, 8])
+WEIGHTS = np.array([0, 2, 5, 8])
 """Eighths in which the work of slices is counted where it is done; the rest is counted as the most that a group does.
 """
 STEPS = 800
@@ -101,15 +101,19 @@ def _tables(work, count, step_ns, most_parts, expert_bytes, rates, row, most_ste
 
 
 @compiled
-def _possible(t, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
+def _possible(t, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, left_J, ratio):
     """Whether ranks with `need` work more than they may keep can be done by t ns."""
     need -= inside * t * 1000
     if need <= 0:
         return True
     last = min(count, -(-(t + hidden) // step_ns))
+    slices = np.int64(0)
+    for left in left_J:
+        if left > t + hidden:
+            break
+        slices += ratio * (t + hidden + 1 - left)
     for i in range(len(WEIGHTS)):  # all that is done elsewhere by then
-        away = near * outs[i, kind, last] + far * outs[i, kind + 1, last]
-        away += (8 - WEIGHTS[i]) * groups * max(np.int64(0), t + hidden + 1 - first_ns)
+        away = near * outs[i, kind, last] + far * outs[i, kind + 1, last] + (8 - WEIGHTS[i]) * slices
         if need > away:
             return False
     beside = near * outs[len(WEIGHTS) - 1, kind, last]
@@ -123,14 +127,14 @@ def _possible(t, need, inside, helpers, close, near, far, outs, kind, step_ns, h
 
 
 @compiled
-def _least(low, high, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
+def _least(low, high, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, left_J, ratio):
     """The least time that is possible; `high` if none up to it is."""
-    if _possible(low, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
+    if _possible(low, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, left_J, ratio):
         return low
     while low < high:
         middle = (low + high) // 2
         if _possible(
-            middle, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, first_ns, groups
+            middle, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, left_J, ratio
         ):
             high = middle
         else:
@@ -220,6 +224,7 @@ def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
             ranks, rates, row, bytes_near, bytes_far,
         )  # fmt: skip
     own = np.empty(experts, dtype=np.int64)
+    left_J = np.empty(experts, dtype=np.int64)
     for p in range(ranks):
         own_n = 0
         for e in order_E:
@@ -271,12 +276,16 @@ def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
                     continue
                 first_ns = all_left(bytes_near, bytes_far, rates[4], fa, copies, far)
                 most = count - min(count, first_ns // step_ns)
+                left_J[:groups] = first_ns
+                for i in range(groups if near else 0):  # the groups' experts leave one after the other
+                    left = left_by(i + 1, rates, bytes_near, bytes_far, near, far, copies == 1)
+                    left_J[i] = max(first_ns, left)
                 if work != done_work or most != done_most:
                     _tables(work, count, step_ns, ranks - 1, expert_bytes, rates, row, most, outs)
                     done_work, done_most = work, most
                 found = _least(
                     best, horizon, need, inside, ranks - inside, close, near, far, outs, 0 if s < 0 else 2,
-                    step_ns, rates[8], count, first_ns, groups * ratio,
+                    step_ns, rates[8], count, left_J[:groups], ratio,
                 )  # fmt: skip
                 best = max(best, found)
         if best < horizon:
