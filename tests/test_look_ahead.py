@@ -74,7 +74,12 @@ class Seen:
         return right_P[:k].sum(), right_P.sum()
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+OFTEN = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "ernie4_5_moe", "dots1")
+"""Architectures whose blocks differ most; the others with `-m slow`."""
+RARELY = [pytest.param(name, marks=pytest.mark.slow) for name in tiny.ARCHITECTURES if name not in OFTEN]
+
+
+@pytest.mark.parametrize("architecture", [*OFTEN, *RARELY])
 def test_all_architectures_can_be_asked_and_answer_the_same(architecture, tmp_path, monkeypatch):
     path = tiny.save(architecture, tmp_path / architecture)
     seen = Seen(path, monkeypatch)

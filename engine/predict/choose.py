@@ -40,7 +40,8 @@ def predictors_for(option: str, fingerprint: str, layers: int, experts: int) -> 
     else:
         found = [_named(option, fingerprint, layers, experts)]
     trained: list[Predictor] = [PathPredictor(f) if isinstance(f, PathNetwork) else LiveNextUse(f) for f in found]
-    others: list[Predictor] = [Coactivation(layers, experts), DecayedCounts(layers, experts)]
+    # Where something was trained, what needs no training is only in the way: it is less often right.
+    others: list[Predictor] = [] if trained else [Coactivation(layers, experts), DecayedCounts(layers, experts)]
     return Chosen(trained=trained, others=others, look_ahead=option == "auto")
 
 
