@@ -54,6 +54,7 @@ def test_ids_are_the_traces_and_weights_the_routers():
         ("--routing file.npz", "it must be trace:FILE"),
         ("--routing trace:nowhere.npz", "nowhere.npz"),
         ("--requests 0", "requests is 0"),
+        ("--fit a", "--fit is of use with --routing"),
     ],
 )
 def test_options_that_cannot_work(options, what, capsys):
@@ -65,13 +66,23 @@ def test_options_that_cannot_work(options, what, capsys):
 def test_every_side_runs(tmp_path, capsys):
     rng = np.random.default_rng(0)
     topk = np.stack([[rng.permutation(8)[:2] for _ in range(2)] for _ in range(60)])
-    np.savez(tmp_path / "trace.npz", topk=topk.astype(np.int8), seq_start=np.arange(0, 60, 12))
-    options = [*TINY.split(), "--workdir", str(tmp_path), "--routing", f"trace:{tmp_path / 'trace.npz'}"]
+    domains = {"seq_domain": np.array([0, 0, 1, 1, 1]), "domains": np.array(["fitted", "run"])}
+    np.savez(tmp_path / "trace.npz", topk=topk.astype(np.int8), seq_start=np.arange(0, 60, 12), **domains)
+    options = [
+        *TINY.split(),
+        "--workdir",
+        str(tmp_path),
+        "--routing",
+        f"trace:{tmp_path / 'trace.npz'}",
+        "--fit",
+        "fitted",
+    ]
     json_file = tmp_path / "report.json"
     assert main(["bench", "offload", *options, "--accelerate-output", "3", "--json", str(json_file)]) == 0
     report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     wanted = {
         "vs_lru_50",
+        "unpredicted_vs_lru_50",
         "bound_share_50",
         "bound_share_20",
         "resident_overhead",
