@@ -36,6 +36,7 @@ from .attention import PagedAttention
 from .balance import warm_up as planner_warm_up
 from .config import EngineConfig, format_size
 from .cpu_linear import use_small_row_kernels
+from .decode_batching import ExpertAware, decode_figures, picker_for
 from .expert_files import ExpertUnreadable
 from .grammar import GrammarCompiler
 from .group import RankGroup, RankLost
@@ -121,7 +122,9 @@ class Engine:
             self._parallel.share_memory(self._free)
         self._sharing = sharing
         self._pool = BlockPool(num_blocks, config.block_size, config.prefix_cache)
-        self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_batched_tokens)
+        top_k = max((layer.top_k for layer in self.spec.experts), default=0)
+        self._picker = picker_for(config, self._offload, top_k, seat.group.size if seat else 1)
+        self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_batched_tokens, self._picker)
         self._eos_ids = _eos_ids(path, blueprint.model.config)
         self._grammars: GrammarCompiler | None = None
         self._path = path
@@ -270,7 +273,10 @@ class Engine:
                 self._counts_LE.copy_(counts_LE)  # its tokens will be counted when it is done again
             raise
         finally:
-            self.progress.step_ns += time.monotonic_ns() - started
+            ns = time.monotonic_ns() - started
+            self.progress.step_ns += ns
+            if isinstance(self._picker, ExpertAware):
+                self._picker.end_step(ns)
 
     def _step(self) -> list[TokenDelta]:
         step = self._scheduler.schedule()
@@ -317,6 +323,7 @@ class Engine:
             **(self._parallel.figures() if self._parallel else {}),
             **(self._offload.figures() if self._offload else {}),
             **{f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()},
+            **(decode_figures(self._picker) if self._picker else {}),
             step_ns=self.progress.step_ns,
         )
 

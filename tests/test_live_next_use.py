@@ -245,6 +245,26 @@ def test_chances_within_the_step_are_those_of_the_recording(with_next_token: Nex
         assert live.upcoming(0) is None
 
 
+def test_the_next_token_of_each_sequence(with_next_token: NextUse) -> None:
+    """Also of one that is not in every step."""
+    model, (one, two) = with_next_token, (walks(13, 8), walks(14, 8))
+    live, found = LiveNextUse(model), with_next_token.next_token
+    assert found is not None and live.next_of("a") is None
+
+    def known(name: str, topk: np.ndarray, t: int) -> None:
+        scores = model.scores(topk, np.array([0]))
+        want_LE = np.concatenate([found.chances(layer, 0, topk, scores, np.array([t])) for layer in range(LAYERS)])
+        close(live.next_of(name), want_LE, atol=1e-5)
+
+    run(live, rows(a=(0, 3), b=(0, 2)), np.concatenate([one[:3], two[:2]]))
+    for t in range(3, 7):
+        known("a", one, t)
+        known("b", two, 2)
+        run(live, rows(a=(t, 1)), one[t : t + 1])
+    live.forget("a")
+    assert live.next_of("a") is None and LiveNextUse(dataclasses.replace(model, next_token=None)).next_of("b") is None
+
+
 def test_chances_of_several_tokens(with_next_token: NextUse) -> None:
     """That any of them uses an expert: of a batch, of a chunk, and of a sequence that begins."""
     model, topk = with_next_token, walks(10, 30)

@@ -70,6 +70,23 @@ PLAN = [
 ]
 
 
+def test_the_next_token_of_each_sequence() -> None:
+    """Its own rates when it ran last, also of one that is not in every step."""
+    live, (one, two) = DecayedCounts(LAYERS, EXPERTS), (tokens(3, 9), tokens(4, 2))
+    assert live.next_of("a") is None
+    run(live, rows(a=(0, 3), b=(0, 2)), np.concatenate([one[:3], two]))
+    all_TLE = used(np.concatenate([one[:3], two]))
+    want = [rate(used(two)[:, layer], all_TLE[:, layer]) for layer in range(LAYERS)]
+    close(live.next_of("b"), np.stack(want))
+    for t in range(3, 9):
+        run(live, rows(a=(t, 1)), one[t : t + 1])
+    close(live.next_of("b"), np.stack(want))
+    all_TLE = np.concatenate([all_TLE, used(one[3:])])
+    close(live.next_of("a"), np.stack([rate(used(one)[:, layer], all_TLE[:, layer]) for layer in range(LAYERS)]))
+    live.forget("a")
+    assert live.next_of("a") is None
+
+
 @pytest.mark.parametrize("kind", [DecayedCounts, Coactivation])
 def test_counts_are_rates_of_the_sequences_and_of_all_text(kind: type[DecayedCounts]) -> None:
     live = kind(LAYERS, EXPERTS)

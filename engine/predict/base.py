@@ -65,3 +65,9 @@ class Predictor:
         asked after `routed`, while the step runs, and after `end_step`. Larger is wanted more or sooner.
         """
         return None
+
+    def next_of(self, request_id: str) -> Floats | None:
+        """[L, E] how probable it is that a sequence's next token uses each expert, 0 to 1; asked between steps, also
+        about sequences that were not in the last one.
+        """
+        return None

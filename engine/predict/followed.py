@@ -70,6 +70,10 @@ class Followed:
             return ids_TK
         return np.concatenate([ids_TK, np.full((self._end - len(ids_TK), ids_TK.shape[1]), -1)])
 
+    def place_of(self, request_id: str) -> int | None:
+        """Where a sequence is kept, of this step or an earlier one."""
+        return self._place.get(request_id)
+
     def forget(self, request_id: str) -> bool:
         """Frees its place. False for a sequence that has none."""
         place = self._place.pop(request_id, None)

@@ -111,6 +111,11 @@ class DecayedCounts(Predictor):
             return None
         return self._total_LE / np.float32(1 - 2.0 ** (-1.0 / FUTURE_HALF_LIFE))
 
+    def next_of(self, request_id: str) -> Floats | None:
+        """Its rates after its last token. None for a sequence that is not followed."""
+        place = self._followed.place_of(request_id)
+        return None if place is None else self._rate_SLE[place].copy()
+
 
 class Coactivation(DecayedCounts):
     """Which experts of a layer go with those of the layers before it, counted while it runs.

@@ -14,7 +14,7 @@ from ..next_token import POINTS
 from ..next_use import NextUse
 from ..routing_history import PRIOR_TOKENS, RATE_HALF_LIVES, rank_weights
 from .base import Array, Floats, Predictor, Rows
-from .compiled import chances, route, score_all, score_layer
+from .compiled import chances, next_chances, route, score_all, score_layer
 from .followed import Followed
 
 SEQUENCES = 32
@@ -158,4 +158,21 @@ class LiveNextUse(Predictor):
             found.bias_DLE[ahead, layer],
             POINTS,
             found.chance_DB[ahead],
+        )
+
+    def next_of(self, request_id: str) -> Floats | None:
+        """None for a sequence that is not followed, and without a `next_token`."""
+        found, place = self.model.next_token, self._followed.place_of(request_id)
+        if found is None or place is None:
+            return None
+        return next_chances(
+            place,
+            self._rank_K,
+            found.mean_LE,
+            self._scores_SLE,
+            self._last_SLE,
+            found.weight_DLFE[0],
+            found.bias_DLE[0],
+            POINTS,
+            found.chance_DB[0],
         )
