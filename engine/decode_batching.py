@@ -17,8 +17,6 @@ from .config import EngineConfig
 from .offload import Offload
 from .predict.history import SEQUENCES, DecayedCounts
 
-MOST_WAITS = 4
-"""Steps in a row that a request may be passed over, if the order of service does not make it wait longer."""
 MEASURED_STEPS = 64
 """The last ones, which say what a step takes."""
 
@@ -64,7 +62,6 @@ class ExpertAware(AffinityPicker):
     def __init__(self, offload: Offload, *, top_k: int, most: int, sequences: int) -> None:
         super().__init__(
             most=most,
-            most_waits=MOST_WAITS,
             predict=self._needs,
             missing_bytes=self._missing,
             read_fs_per_byte=0,
