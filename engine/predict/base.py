@@ -61,8 +61,9 @@ class Predictor:
         return None
 
     def future(self) -> Floats | None:
-        """[L, E] discounted uses of each expert after this step (see `NextUse`), summed over the sequences that run;
-        asked after `routed`, while the step runs, and after `end_step`. Larger is wanted more or sooner.
+        """[L, E] discounted uses of each expert after this step (see `NextUse`), summed over the sequences that run,
+        also those that are not in this step; asked after `routed`, while the step runs, and after `end_step`. Larger is
+        wanted more or sooner.
         """
         return None
 

@@ -44,6 +44,12 @@ class Followed:
     def place_R(self) -> Array:
         return self.row_R3[:, 0]
 
+    @property
+    def others(self) -> list[int]:
+        """Places of sequences that are not in the step."""
+        here = set(self.place_R.tolist())
+        return [place for place in self._place.values() if place not in here]
+
     def begin(self, rows: Sequence[Rows]) -> None:
         """A step begins. What is kept at the places of new sequences is someone else's."""
         first: dict[str, Rows] = {}
