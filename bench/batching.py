@@ -26,7 +26,7 @@ from .token_trace import TokenTrace, read_token_trace, split_domains, write_toke
 from .turns import Side, child_environment, make_prompts, take_turn
 
 TIMEOUT_S = 900.0
-SHAPE = {"layers": 24, "experts": 32, "top_k": 4, "hidden": 512, "expert_width": 512}
+SHAPE = {"layers": 24, "experts": 32, "top_k": 4, "hidden": 512, "expert_width": 256}
 """Of the checkpoint that is made when none is given: gpt-oss-20b's layers and experts, in small."""
 SIDES = {"order": {"batching": "order"}, "affinity": {"batching": "affinity"}}
 

@@ -16,6 +16,8 @@ from moeyard.engine.decode_batching import ExpertAware
 from moeyard.engine.engine import Engine
 from moeyard.engine.messages import Submit
 from moeyard.engine.params import SamplingParams
+from moeyard.engine.predict.base import Predictor, Rows
+from moeyard.engine.predict.forecast import Forecast
 from moeyard.launch.metrics import Metrics
 
 OPTIONS = {"dtype": "float32", "device": "cpu", "threads": 1, "kv_memory": "8MiB", "block_size": 8, "progress": False}
@@ -145,6 +147,33 @@ def test_predicted_is_what_is_missing_and_probable(make):
         needs_LE = picker._needs(request).reshape(LAYERS, EXPERTS)
         low = 8 * (int(request.id) % 2)
         assert (needs_LE.sum(1) == TOP_K).all() and needs_LE[:, low : low + 8].sum() == needs_LE.sum()
+
+
+class Knows(Predictor):
+    """Of some requests."""
+
+    def __init__(self, value, *requests):
+        self.value, self.requests, self.told = value, requests, []
+
+    def next_of(self, request_id):
+        return np.full((1, 1), self.value, np.float32) if request_id in self.requests else None
+
+    def begin_step(self, rows):
+        self.told += rows
+
+    future = upcoming = lambda self, *_: pytest.fail("only the others are asked")
+
+
+def test_the_first_who_knows_a_request_is_asked_and_those_beside_for_nothing_else():
+    silent, first, beside = Predictor(), Knows(0.2, "a"), Knows(0.7, "a", "b")
+    first.upcoming, first.future = lambda layer: None, lambda: None
+    forecast = Forecast([silent, first], 1, 1, least_chance=0.5)
+    forecast.beside.append(beside)
+    forecast.begin_step([Rows(request_id="a", first=0, token_ids=[1], start=0)])
+    assert len(beside.told) == len(first.told) == 1
+    assert [forecast.next_of(name) for name in "ab"] == [np.float32(0.2), np.float32(0.7)]
+    assert forecast.next_of("c") is None
+    assert not forecast.future().any() and not list(forecast.wants(-1))
 
 
 def test_nobody_starves(make):
