@@ -62,6 +62,12 @@ def _analyze(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _train_predictor(args: argparse.Namespace) -> int:
+    from .bench.train_predictor import run
+
+    return run(args)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from .launch.doctor import run
 
@@ -108,6 +114,12 @@ def _fill_analyze(parser: Parser) -> None:
     add_arguments(parser)
 
 
+def _fill_train_predictor(parser: Parser) -> None:
+    from .bench.train_predictor import add_arguments
+
+    add_arguments(parser)
+
+
 def _fill_doctor(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -133,6 +145,7 @@ COMMANDS = {
     "plan": (_plan, _fill_plan, "show what fits in memory, before loading"),
     "profile": (_profile, _fill_profile, "measure what the cost model needs: experts, links between ranks"),
     "analyze": (_analyze, _fill_analyze, "measure how local a model's routing is, and what offloading would cost"),
+    "train-predictor": (_train_predictor, _fill_train_predictor, "learn a model's routing from texts, for prefetching"),
     "doctor": (_doctor, _fill_doctor, "show devices, measured rates, libraries, and what is missing"),
 }
 

@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from ..scheduler.balance.baselines import UNCAPPED, Planner
 from ..scheduler.balance.eplb import eplb_placement
-from ..scheduler.balance.model import bound, price
+from ..scheduler.balance.model import price
 from ..scheduler.balance.plan import BadPlan, Plan, check
 from ..scheduler.balance.problem import Problem
 from ..scheduler.placement import linear
+from .balance_bound import sharper
 from .moe_shapes import Shape
 from .routing import Trace, can_deal, dealt, drawn, zipf_weights
 
@@ -237,12 +238,15 @@ def simulate(cell: Cell, planners: Mapping[str, Planner], seed: int = 0) -> list
                 holds_PE, home_E = placed(cell, placement, step.earlier_E)
                 guests_PE = np.zeros_like(holds_PE)
             task = problem(cell, step.rows_PE, holds_PE | guests_PE, home_E, guests_PE.sum(1))
-            bound_ns, ideal = bound(task), ideal_ns(task)
-            for name, planner in planners.items():
-                if placement == "linear" and name not in ON_ONE_COPY and not cell.load.drift:
-                    continue
-                plan = planner(task)
-                ns = price(task, plan)
+            plans = {
+                name: planner(task)
+                for name, planner in planners.items()
+                if placement != "linear" or name in ON_ONE_COPY or cell.load.drift
+            }
+            times = {name: price(task, plan) for name, plan in plans.items()}
+            bound_ns, ideal = sharper(task, min(times.values())), ideal_ns(task)
+            for name, plan in plans.items():
+                ns = times[name]
                 if placement == "linear" and name == "native":
                     plain.append(ns)
                 if name == "priced":

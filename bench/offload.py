@@ -146,13 +146,15 @@ class Bench:
 
     def run(self) -> None:
         args, big, small = self.args, *self.shares
+        # Forced routing is known to the model's own routers, which `auto` would ask.
+        predictor = self.predictor or ("auto" if self.trace is None else "none")
         ours = {
             "resident": {},
             "store, all resident": {"expert_memory": "100%"},
-            f"{big:g} %": {"expert_memory": f"{big:g}%", "predictor": self.predictor or "auto"},
+            f"{big:g} %": {"expert_memory": f"{big:g}%", "predictor": predictor},
             f"{big:g} %, unpredicted": {"expert_memory": f"{big:g}%", "predictor": "none"},
             f"{big:g} %, LRU": {"expert_memory": f"{big:g}%", "predictor": "none", "residency": "lru"},
-            f"{small:g} %": {"expert_memory": f"{small:g}%", "predictor": self.predictor or "auto"},
+            f"{small:g} %": {"expert_memory": f"{small:g}%", "predictor": predictor},
         }
         theirs = {f"accelerate, {share:g} %": share for share in self.shares} if args.accelerate_output else {}
         sides: dict[str, Side] = {}

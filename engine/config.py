@@ -103,8 +103,8 @@ class EngineConfig:
     kv_memory: str | None = option(None, "size of the KV cache (default: from --memory-fraction)", metavar="SIZE")
     expert_memory: str | None = option(
         None,
-        "memory for experts, as a size or a percentage of all experts (25%); the others are read from the checkpoint"
-        " when they are needed (default: all experts are loaded)",
+        "memory for experts, of each rank where there are several, as a size or a percentage of its experts (25%); the"
+        " others are read from the checkpoint when they are needed (default: all experts are loaded)",
         metavar="SIZE",
     )
     host_memory: str | None = option(
@@ -122,7 +122,7 @@ class EngineConfig:
     predictor: str = option(
         "auto",
         "what predicts the experts to come, where not all have room: auto (what was trained for this model, and what"
-        " needs no training), none, or the file of a predictor of next use",
+        " needs no training), none, or the file of a trained predictor",
         metavar="FILE",
     )
     batching: str = option(
@@ -178,8 +178,8 @@ class EngineConfig:
     balance: str = option(
         "auto",
         "planner that shares out each layer's rows among the ranks, moving weights for it where that pays; auto is"
-        " priced, where tokens go by all-to-all; native leaves every expert at its home; the others are published"
-        " ones, to compare with",
+        " priced, where tokens go by all-to-all and all experts are in memory; native leaves every expert at its home;"
+        " the others are published ones, to compare with",
         choices=BALANCE,
     )
     guest_memory: str | None = option(
@@ -270,6 +270,7 @@ class EngineConfig:
             parse_budget(self.expert_memory, 1, "expert_memory")
             if self.ep is not None and self.ep > 1:
                 self.check_several_ranks()
+            self._check_nothing_moves()
             if self.residency == "predicted" and self.predictor == "none":
                 raise ValueError(
                     "residency is predicted and predictor is none; leave one of them out, or use --residency default"
@@ -323,10 +324,23 @@ class EngineConfig:
 
     def check_several_ranks(self) -> None:
         """Raises ValueError for an option that several ranks do not have. Called where there are known to be."""
-        if self.expert_memory is not None:
+        if self.predictor not in ("auto", "none") or self.residency == "predicted":
+            name = "residency" if self.residency == "predicted" else "predictor"
             raise ValueError(
-                f"expert_memory is {self.expert_memory}, and several ranks cannot read experts as they need them yet;"
-                " leave it out, or use --ep 1"
+                f"{name} is {getattr(self, name)}, and of several ranks none sees all the tokens that come to its"
+                " experts; leave it out, or use --ep 1"
+            )
+
+    def _check_nothing_moves(self) -> None:
+        """Raises ValueError for an option that is about weights on their way between ranks."""
+        why = "with expert_memory no weights move between ranks, each reads what it needs"
+        for name in ("guest_memory", "move_bytes"):
+            if getattr(self, name) != getattr(EngineConfig, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, and {why}; leave one of the two out")
+        if self.balance not in ("auto", "priced", *WITHOUT_GUESTS):
+            raise ValueError(
+                f"balance {self.balance} moves weights, and {why}; leave it out, or use priced, which then only shares"
+                " out the rows of experts with several copies"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from filelock import FileLock
 from ..kernels.environment import usable_cores
 from ..kernels.threads import set_threads
 from ..kernels.warm_up import warm_up
-from ..scheduler.balance.baselines import Planner
 from ..scheduler.batching import Scheduler, Step
 from ..scheduler.blocks import BlockPool
 from ..scheduler.requests import Request
@@ -48,6 +47,7 @@ from .model import plug, unplug
 from .moe import MoEFunction, calibrate
 from .offload import Offload, plan_offload
 from .overlap import find_overlap
+from .own_experts import OwnExperts
 from .parallel import Parallel, Seat, balance_planner, check_alike, first_tables
 from .params import SamplingParams
 from .predict.base import Rows
@@ -55,7 +55,8 @@ from .progress import Progress
 from .recorder import RoutingRecorder
 from .resolve import resolve_model
 from .sampling import Sampled, SequenceSampler, sample
-from .store import ExpertLate
+from .step_reads import ReadFailed, wait_s
+from .store import READ_TIMEOUT_S, ExpertLate
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ GIVE_BACK_TOKENS = 256
 """Steps of so many tokens leave holes in the heap that the next ones do not fit into; about a millisecond each."""
 COMPILE_WAIT_S = 300.0
 """How long another process may compile before this one does so beside it."""
+DISK_WAIT_S = 120.0
+"""How long another rank may measure the disk before this one does so beside it."""
 START_TIMEOUT_S = 3600.0
 """How long a rank may wait for another that loads; the front end's own limit is shorter."""
 
@@ -286,15 +289,16 @@ class Engine:
         if self._parallel is not None:
             plan = self._parallel.agree(sum(step.tokens.values()), self._scheduler.has_work)
             if plan is not None and not step.tokens:
-                with torch.inference_mode():
-                    self._parallel.take_part()
+                self._take_part()
         if not step.tokens:
             return []
         if self._parallel is None:
             self.progress.step += 1
         try:
             logits_BV = self._run(step)
-        except (ExpertUnreadable, ExpertLate) as error:
+            if self._parallel is not None:
+                self._parallel.settle_reads()
+        except (ExpertUnreadable, ExpertLate, ReadFailed) as error:
             logger.error("%s; %d requests of this step end with it", error, len(step.tokens))
             return [self._fail(request_id, str(error)) for request_id in step.tokens]
         if self._parallel is not None:
@@ -307,7 +311,21 @@ class Engine:
         results = sample(logits_BV, [r.payload.sampler for r in requests]) if requests else []
         return [self._advance(request, result) for request, result in zip(requests, results, strict=True)]
 
+    @torch.inference_mode()
+    def _take_part(self) -> None:
+        """A step in which only other ranks have tokens."""
+        assert self._parallel is not None
+        if self._offload is not None:
+            self._offload.begin_step(())
+        self._parallel.take_part()
+        with contextlib.suppress(ReadFailed):  # those say so whose tokens they were
+            self._parallel.settle_reads()
+
     def stats(self, with_experts: bool) -> Stats:
+        counted: dict[str, Any] = {f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()}
+        counted |= self._parallel.figures() if self._parallel else {}
+        counted |= self._offload.figures() if self._offload else {}
+        counted |= decode_figures(self._picker) if self._picker else {}
         return Stats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -320,10 +338,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             expert_counts=[layer.counts_E.tolist() for layer in self._experts.layers] if with_experts else None,
-            **(self._parallel.figures() if self._parallel else {}),
-            **(self._offload.figures() if self._offload else {}),
-            **{f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()},
-            **(decode_figures(self._picker) if self._picker else {}),
+            **counted,
             step_ns=self.progress.step_ns,
         )
 
@@ -342,7 +357,7 @@ class Engine:
             check_weights_fit(blueprint.footprint, self.device, plan.size.nbytes if plan else None)
             experts = load(blueprint, progress=config.progress, offload=plan)
             if plan is not None:
-                self._offload = Offload(plan, experts.layers, progress=config.progress)
+                self._offload = Offload(plan, experts.layers, blueprint, progress=config.progress)
             return experts
         config.check_several_ranks()
         group = seat.group
@@ -354,8 +369,18 @@ class Engine:
         rows = [table.slots_PS[group.position] for table in tables]
         readers = [blueprint.weights.reader(layer) for layer in blueprint.spec.experts]
         own = sum(reader.nbytes * len(row) for reader, row in zip(readers, rows, strict=True))
-        check_weights_fit(blueprint.footprint, self.device, own, seat.local_ranks)
-        experts = load(blueprint, progress=config.progress and seat.local_rank == 0, slots=rows)
+        plan = None
+        if config.expert_memory is not None:
+            with _in_turn("disk", DISK_WAIT_S):  # the first measures it for all; together they would measure less
+                plan = plan_offload(config, blueprint, seat.local_ranks)
+        check_weights_fit(blueprint.footprint, self.device, plan.size.nbytes if plan else own, seat.local_ranks)
+        experts = load(blueprint, progress=config.progress and seat.local_rank == 0, slots=rows, offload=plan)
+        if plan is not None:
+            show = config.progress and seat.local_rank == 0
+            self._offload = Offload(plan, experts.layers, blueprint, own=rows, progress=show)
+            self._offload.store.timeout_s = min(READ_TIMEOUT_S, wait_s(config.collective_timeout))
+            for layer, reader, row in zip(experts.layers, readers, rows, strict=True):
+                layer.own = OwnExperts(reader, row)
         for layer in experts.layers:
             layer.overlap = find_overlap(blueprint.model, layer.pool.spec.module)
         self._counts_LE = _together([layer.counts_E for layer in experts.layers])
@@ -532,19 +557,24 @@ def _compile(config: EngineConfig, seat: Seat | None, on_cpu: bool) -> None:
     planner = balance_planner(config) if seat is not None else None
     if config.progress and (seat is None or seat.local_rank == 0):
         logger.info("loading compiled code; the first start on a machine compiles it, which takes up to a minute")
+    with _in_turn("compile", COMPILE_WAIT_S):
+        if on_cpu:
+            warm_up()
+        if planner is not None:
+            planner_warm_up(planner)
+
+
+@contextlib.contextmanager
+def _in_turn(what: str, timeout_s: float) -> Iterator[None]:
+    """One process of a user at a time does this; one that holds it for longer is stuck, and is not waited for."""
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
-    lock = FileLock(Path(tempfile.gettempdir()) / f"moeyard-compile-{user}.lock", timeout=COMPILE_WAIT_S)
-    with contextlib.suppress(TimeoutError), lock:  # whoever holds it for so long is stuck: compile beside it
-        _compile_now(on_cpu, planner)
-        return
-    _compile_now(on_cpu, planner)
-
-
-def _compile_now(on_cpu: bool, planner: Planner | None) -> None:
-    if on_cpu:
-        warm_up()
-    if planner is not None:
-        planner_warm_up(planner)
+    lock = FileLock(Path(tempfile.gettempdir()) / f"moeyard-{what}-{user}.lock", timeout=timeout_s)
+    with contextlib.suppress(TimeoutError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _eos_ids(path: Any, config: Any) -> frozenset[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from ..scheduler.table import EMPTY
 from .config import format_size, parse_budget
 from .expert_files import AlignedBuffer, ExpertFiles
 
@@ -57,16 +59,25 @@ class HostExperts:
         pools: of the layers, for the layout.
         budget: bytes of experts here; with less than all, the first ones of all layers.
         buffers: reads at a time, when serving.
+        own: who may be here, of each layer; None for all. The others are read from files.
     """
 
     def __init__(
-        self, files: ExpertFiles, pools: Sequence[ExpertPool], budget: int, buffers: int, *, progress: bool = False
+        self,
+        files: ExpertFiles,
+        pools: Sequence[ExpertPool],
+        budget: int,
+        buffers: int,
+        *,
+        own: Sequence[Sequence[int]] | None = None,
+        progress: bool = False,
     ) -> None:
         self._files = files
         self._pools = pools
         self._device = pools[0].up_SND.device
         self._stride = -(-sum(_sizes(pools[0])) // ALIGNMENT) * ALIGNMENT
-        experts = [(layer, e) for layer, n in enumerate(files.num_experts_L) for e in range(n)]
+        rows = [range(n) for n in files.num_experts_L] if own is None else own
+        experts = [(layer, e) for layer, row in enumerate(rows) for e in row if e != EMPTY]
         experts.sort(key=lambda at: at[::-1])
         kept = experts[: budget // self._stride]
         room = AlignedBuffer(self._stride * (len(kept) + buffers))
@@ -78,6 +89,8 @@ class HostExperts:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._computed: torch.cuda.Event | None = None
         self._fill(progress)
+        self.ns_per_byte = self._measure()
+        """Of copying to a slot."""
         log.info(
             "%d of %d experts in host memory (%s, %s)",
             len(kept),
@@ -164,6 +177,16 @@ class HostExperts:
         ):
             for _ in pool.map(read, self._piece):
                 bar.update()
+
+    def _measure(self) -> float:
+        """Copies a piece a few times to where the slots are: the least time counts."""
+        into = torch.empty(self._stride, dtype=torch.uint8, device=self._device)
+        times = []
+        for _ in range(3):
+            begun = time.perf_counter_ns()
+            self._send({"": self._bounce[0]}, {"": into})
+            times.append(time.perf_counter_ns() - begun)
+        return min(times) / self._stride
 
     def _pin(self, room: AlignedBuffer) -> bool:
         """Page-locks the memory, without which copies to a GPU are slow and not beside computation."""

@@ -222,6 +222,8 @@ def measure(
     key = constants.key_of(layer.pool.reader, group.device, torch.get_num_threads())
     key |= {"ranks": group.size, "machines": "+".join(str(machine_P.count(m)) for m in dict.fromkeys(machine_P))}
     key["shared"] = layer.overlap.weights if layer.overlap is not None and movable(layer) else 0
+    if layer.offloaded is not None and layer.pool.num_slots < TRIAL_EXPERTS:
+        key["places"] = layer.pool.num_slots  # too few to know what those say who have more
     record = constants.load("group", key)
     fresh = record is not None and (planner is None or record.values.planner_ns > 0)
     if all(row[0] for row in group.all_gather_ints([fresh])):

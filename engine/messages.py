@@ -282,7 +282,8 @@ class Stats:
     (`balance.BalanceFigures`). What begins with `expert_` but the counts is the expert store's (`store.StoreFigures`);
     `expert_resident_bytes` is a gauge. What begins with `decode_` is about steps that had no room for all that could
     decode (`decode_batching`). The times are what one of several ranks spent in each part of its steps
-    (`progress.PHASES`), and in steps altogether.
+    (`progress.PHASES`), and in steps altogether. `predictors` has for each predictor of routing the fields of
+    `predict.meter.Measured`, which is of late rather than since the start.
     """
 
     running: int = 0
@@ -343,6 +344,7 @@ class Stats:
     shared_ns: int = 0
     move_ns: int = 0
     step_ns: int = 0
+    predictors: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,8 @@ class AttentionSpec:
     window: int = 0
     sinks: bool = False
     softcap: float = 0.0
+    module: str = ""
+    """Its path in the model."""
 
     @property
     def values_per_token(self) -> int:
@@ -270,6 +272,7 @@ class _Findings:
             window=windows.pop() if windows else 0,
             sinks=kwargs.get("s_aux") is not None,
             softcap=float(kwargs.get("softcap") or 0.0),
+            module=self.paths[id(module)],
         )
         if self.attending.setdefault(spec.layer, spec) != spec or key.shape[2] != _PROBE_TOKENS:
             raise _Refusal(f"layer {layer} attends more than once, or to other tokens than its own")

@@ -5,6 +5,7 @@ T: tokens, K: experts per token, D: hidden size, E: experts, R: rows (token and 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from .experts import ExpertPool
 from .guests import Cutter
 from .measure import few_rows_of
 from .overlap import Overlap
+from .own_experts import OwnExperts
 from .parallel_layer import ParallelLayer
 from .recorder import RoutingRecorder
 
@@ -56,6 +58,8 @@ class MoELayer:
         self.overlap: Overlap | None = None
         self.offloaded: OffloadedLayer | None = None
         """Where the experts come from when memory holds a part of them only."""
+        self.own: ExpertPool | OwnExperts = pool
+        """This rank's row of the expert table: the pool itself, or with `offloaded` the experts that are read here."""
 
     def __call__(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """The experts' weighted outputs [T, D] for the router's choice."""
@@ -63,19 +67,40 @@ class MoELayer:
             out_TD, counts_E = self.run_local(x_TD, ids_TK, weights_TK)
             self.counts_E += counts_E
             return out_TD
-        flat = ids_TK.reshape(-1)
-        padded_E = self.counts_E.new_zeros(self.counts_E.shape[0] + 1)
-        counts_E = padded_E.scatter_add_(0, flat + 1, torch.ones_like(flat))[1:]
+        counts_E = self._count(ids_TK)
         self.counts_E += counts_E
-        if self.offloaded is not None:
-            return self.offloaded.run(x_TD, ids_TK, weights_TK, counts_E)
         if self.parallel is not None:
             return self.parallel.run(self, x_TD, ids_TK, weights_TK)
         if self.overlap is not None:
             self.overlap.run()
-        assert self.slot_E is not None
+        if self.slot_E is None:
+            assert self.offloaded is not None
+            return self.offloaded.run(x_TD, ids_TK, weights_TK, counts_E)
         slots_TK = self.slot_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
-        return self.run_local(x_TD, slots_TK, weights_TK)[0]
+        return self.run_own(x_TD, slots_TK, weights_TK)
+
+    def _count(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        flat = ids_TK.reshape(-1)
+        padded_E = self.counts_E.new_zeros(self.counts_E.shape[0] + 1)
+        return padded_E.scatter_add_(0, flat + 1, torch.ones_like(flat))[1:]
+
+    def run_own(
+        self,
+        x_RD: torch.Tensor,
+        slots_RK: torch.Tensor,
+        weights_RK: torch.Tensor,
+        pairs: int | None = None,
+        deadline: float = math.inf,
+    ) -> torch.Tensor:
+        """Weighted sums [R, D] over the slots of `own` that each row names, as of `run_local`.
+
+        With `offloaded` it raises what that does, also when its experts are not all read by `deadline` (monotonic).
+        """
+        if self.offloaded is None:
+            return self.run_local(x_RD, slots_RK, weights_RK, pairs)[0]
+        assert isinstance(self.own, OwnExperts)
+        ids_RK, slots = self.own.experts_in(slots_RK), self.own.num_slots
+        return self.offloaded.run(x_RD, ids_RK, weights_RK, self._count(ids_RK), experts=slots, deadline=deadline)
 
     def run_local(
         self, x_RD: torch.Tensor, slots_RK: torch.Tensor, weights_RK: torch.Tensor, pairs: int | None = None

@@ -16,12 +16,19 @@ from ..scheduler.moves import Unit, apply, plan_moves
 from ..scheduler.table import EMPTY, ExpertTable
 from .experts import ExpertPool
 from .group import RankGroup
+from .own_experts import OwnExperts
 
 
 class Mover:
-    """Moves the experts of all layers. `tables` is where they are now, the same on every rank."""
+    """Moves the experts of all layers. `tables` is where they are now, the same on every rank.
 
-    def __init__(self, pools: Sequence[ExpertPool], tables: Sequence[ExpertTable], limit_bytes: int) -> None:
+    Where a layer's `pools` are without weights (`OwnExperts`, then on every rank) nothing travels: whoever has an
+    expert by the new table reads it when it is needed.
+    """
+
+    def __init__(
+        self, pools: Sequence[ExpertPool | OwnExperts], tables: Sequence[ExpertTable], limit_bytes: int
+    ) -> None:
         self.pools = list(pools)
         self.tables = list(tables)
         self.limit_bytes = limit_bytes
@@ -53,7 +60,8 @@ class Mover:
         with group.progress.span("move"):
             while self._units:
                 layer, unit = self._units[0]
-                cost = _most_received(unit) * self.pools[layer].reader.nbytes
+                pool = self.pools[layer]
+                cost = 0 if isinstance(pool, OwnExperts) else _most_received(unit) * pool.reader.nbytes
                 if changed and cost > left and not unlimited:
                     break
                 left -= cost
@@ -73,6 +81,11 @@ class Mover:
 
     def _carry_out(self, layer: int, unit: Unit, group: RankGroup) -> None:
         pool, here = self.pools[layer], group.position
+        if isinstance(pool, OwnExperts):
+            for transfer in unit:
+                if transfer.target[0] == here:
+                    pool.fill(transfer.target[1], transfer.expert)
+            return
         sends: list[tuple[int, torch.Tensor]] = []
         receives: list[tuple[int, torch.Tensor]] = []
         arriving: list[tuple[int, int, torch.Tensor | None]] = []

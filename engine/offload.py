@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -19,18 +21,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kernels.expert_loop import expert_loop
+from ..scheduler.placement import slots_needed
 from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedNow, default_policy
 from ..scheduler.residency.slots import Budget, Policy
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
 from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
 from .host_experts import HostExperts, host_budget
-from .measure_disk import reads_in_flight
+from .measure_disk import disk_constants
 from .predict.base import Predictor, Rows
-from .predict.choose import predictors_for
+from .predict.choose import Chosen, predictors_for
 from .predict.forecast import Forecast
+from .predict.look_ahead import LookAhead
+from .predict.meter import Meter
 from .readers import Priority, Read, Readers
-from .store import ExpertStore, Visit
+from .store import ExpertLate, ExpertStore, Visit
 from .store_size import READS_IN_FLIGHT, StoreSize, share_out
 
 if TYPE_CHECKING:
@@ -47,6 +52,9 @@ POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "lru": LRU,
 }
 
+LOOK_AHEAD = 2
+"""Layers: a question takes some tenths of a millisecond."""
+
 log = logging.getLogger("moeyard.offload")
 
 
@@ -57,7 +65,9 @@ class OffloadPlan:
     size: StoreSize
     budget: Budget
     residency: str
-    predictors: list[Predictor]
+    predictors: Chosen
+    read_ns_per_byte: float
+    """Of the checkpoint's files."""
     host_bytes: int | None = None
     """Of host memory for experts beside the device's; None where the device is the host."""
 
@@ -69,12 +79,13 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
     """What `expert_memory` means for a model; None when all experts are to be in memory. `sharing` ranks have this
     machine's memory.
 
-    Each layer keeps as many slots as a token has experts, or its share where there are fewer. Raises ValueError for
-    what cannot be.
+    Each layer keeps as many slots as a token has experts, or its share where there are fewer. Of several ranks it is
+    the plan of each, for as many experts as a rank has: the same on all, whoever is lost. Raises ValueError for what
+    cannot be.
     """
     if config.expert_memory is None:
         return None
-    specs, total = blueprint.spec.experts, blueprint.footprint.experts
+    specs, total, ranks = blueprint.spec.experts, blueprint.footprint.experts, config.ep or 1
     if not specs:
         raise ValueError("expert_memory: this model has no experts; leave it out")
     on_cpu = blueprint.device.type == "cpu"
@@ -82,6 +93,10 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         raise ValueError(
             f"host_memory is {config.host_memory}, and on a CPU that is what --expert-memory sets; leave it out"
         )
+    own = [spec.num_experts for spec in specs]
+    if ranks > 1:
+        own = [slots_needed(experts, ranks, config.redundant_experts) for experts in own]
+        total = sum(blueprint.weights.reader(spec).nbytes * slots for spec, slots in zip(specs, own, strict=True))
     budget = parse_budget(config.expert_memory, total, "expert_memory")
     if budget >= total:
         log.info("expert_memory %s is room for all experts, %s", config.expert_memory, format_size(total))
@@ -91,24 +106,34 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
     if len(shapes) > 1:
         raise ValueError("expert_memory: the experts of this model's layers differ in shape; leave it out")
     with closing(ExpertFiles(readers)) as files:
-        reads = reads_in_flight(files, progress=config.progress) if on_cpu else READS_IN_FLIGHT
+        disk = disk_constants(files, progress=config.progress).values
     # A GPU's slots are filled from host memory: the buffers are there.
-    size = share_out(budget, readers[0].nbytes, files.buffer_bytes if on_cpu else 0, reads)
+    buffer, reads = (files.buffer_bytes, disk.best) if on_cpu else (0, READS_IN_FLIGHT)
+    size = share_out(budget, readers[0].nbytes, buffer, reads)
     experts = max(spec.num_experts for spec in specs)
     slots = min(size.slots, len(specs) * experts)
-    floor = min(*(spec.top_k for spec in specs), slots // len(specs), experts)
+    # A token has that many on a rank, if they are spread evenly; more than it has of its own must not be kept free.
+    floor = min(*(-(-spec.top_k // ranks) for spec in specs), slots // len(specs), *own)
     shared = Budget(layers=len(specs), experts=experts, slots=slots, floor=floor)
-    predictors = predictors_for(config.predictor, blueprint.weights.checkpoint.fingerprint, len(specs), experts)
+    fingerprint = blueprint.weights.checkpoint.fingerprint
+    predictors = predictors_for(config.predictor, fingerprint, len(specs), experts) if ranks == 1 else Chosen()
     residency = config.residency
     if residency == "auto":
-        residency = "predicted" if predictors else "default"
-    elif residency == "predicted" and not predictors:
+        residency = "predicted" if predictors.trained else "default"
+    elif residency == "predicted" and not predictors.trained:
         raise ValueError(
-            "residency is predicted, and no predictor was trained for this model; name one with --predictor FILE, or"
-            " use --residency default"
+            "residency is predicted, and no predictor was trained for this model; train one with moeyard"
+            " train-predictor, name one with --predictor FILE, or use --residency default"
         )
     host_bytes = None if on_cpu else host_budget(config.host_memory, total, sharing)
-    return OffloadPlan(size=size, budget=shared, residency=residency, predictors=predictors, host_bytes=host_bytes)
+    return OffloadPlan(
+        size=size,
+        budget=shared,
+        residency=residency,
+        predictors=predictors,
+        read_ns_per_byte=1e9 / disk.bytes_per_s,
+        host_bytes=host_bytes,
+    )
 
 
 class CheckpointSource:
@@ -154,20 +179,51 @@ class CheckpointSource:
 class Offload:
     """The store of a model's layers, and how each runs from it."""
 
-    def __init__(self, plan: OffloadPlan, layers: Sequence[MoELayer], *, progress: bool = False) -> None:
+    def __init__(
+        self,
+        plan: OffloadPlan,
+        layers: Sequence[MoELayer],
+        blueprint: Blueprint,
+        *,
+        own: Sequence[Sequence[int]] | None = None,
+        progress: bool = False,
+    ) -> None:
+        """`own` are the experts of each layer that this rank has (-1: none), if not all: they may be in host memory."""
         self.plan = plan
         pools = [layer.pool for layer in layers]
         files = ExpertFiles([pool.reader for pool in pools])
         files.drop_cached_pages()
         host = None
         if plan.host_bytes is not None:
-            host = HostExperts(files, pools, plan.host_bytes, plan.size.readers, progress=progress)
+            host = HostExperts(files, pools, plan.host_bytes, plan.size.readers, own=own, progress=progress)
         self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
+        chosen = plan.predictors
+        self._look_ahead = LookAhead(blueprint.model, blueprint.spec, LOOK_AHEAD) if chosen.look_ahead else None
+        untrained = [*([self._look_ahead] if self._look_ahead is not None else []), *chosen.others]
         # A demand that finds the disk busy with a wrong guess waits for a piece; a right one saves an expert's reading.
         piece = min(PIECE_BYTES, plan.size.expert)
         least_chance = piece / (piece + plan.size.expert)
-        self.forecast = Forecast(plan.predictors, plan.budget.layers, plan.budget.experts, least_chance=least_chance)
+        ns_per_byte = host.ns_per_byte if host is not None else plan.read_ns_per_byte
+
+        def meter(predictor: Predictor, judged: bool) -> Meter:
+            return Meter(
+                predictor,
+                ns_per_byte=ns_per_byte,
+                wasted_ns_per_byte=ns_per_byte * piece / plan.size.expert,
+                resident=self.store.here,
+                least_chance=least_chance,
+                judged=judged,
+            )
+
+        self.forecast = Forecast(
+            [meter(predictor, False) for predictor in chosen.trained],
+            [meter(predictor, True) for predictor in untrained],
+            plan.budget.layers,
+            plan.budget.experts,
+            least_chance=least_chance,
+        )
+        self.store.heard = self.forecast.heard
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number)
 
@@ -178,14 +234,16 @@ class Offload:
         self.store.fetch_ahead(self.forecast.wants(-1))
 
     def forget(self) -> None:
-        """Empties the store, as after the start."""
+        """Empties the store, as after the start: the warm-up is over."""
+        if self._look_ahead is not None:
+            self._look_ahead.settle()
         self.store.forget(self.plan.policy())
 
     def close(self) -> None:
         """Ends reading. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
         self.store.close()
 
-    def figures(self) -> dict[str, int]:
+    def figures(self) -> dict[str, Any]:
         """The fields of `Stats` that are about the store."""
         figures = self.store.figures
         return {
@@ -199,6 +257,7 @@ class Offload:
             "expert_ahead_bytes": figures.ahead_bytes,
             "expert_ahead_used_bytes": figures.ahead_used_bytes,
             "expert_wait_ns": figures.waited_ns,
+            "predictors": self.forecast.figures(),
         }
 
 
@@ -212,14 +271,25 @@ class OffloadedLayer:
         self._number = number
 
     def run(
-        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, counts_E: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        counts_E: torch.Tensor,
+        *,
+        experts: int | None = None,
+        deadline: float = math.inf,
     ) -> torch.Tensor:
         """Weighted sums [T, D] over the experts of each token; -1 adds nothing. `counts_E` are the experts' rows.
 
+        Of several ranks' tokens only what this rank's `experts` add, which have to be there at `deadline` (monotonic).
         Raises ExpertUnreadable and ExpertLate.
         """
         layer, counts = self._layer, counts_E.tolist()
-        self._forecast.routed(self._number, ids_TK, weights_TK)
+        if not any(counts):
+            return torch.zeros_like(x_TD)
+        if experts is None:  # of several ranks none sees all tokens that come to its experts
+            self._forecast.routed(self._number, ids_TK, weights_TK)
         used = [expert for expert, count in enumerate(counts) if count]
         visit = self._store.visit(self._number, used, self._forecast.future())
         self._store.fetch_ahead(self._forecast.wants(self._number))
@@ -229,18 +299,21 @@ class OffloadedLayer:
         order_E = order_E.to(ids_TK.device)
         order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
         starts = [0, *itertools.accumulate(counts[expert] for expert in visit.experts)]
-        few = layer.takes_few_rows(ids_TK.numel(), len(counts))
+        if experts is None:
+            few = layer.takes_few_rows(ids_TK.numel(), len(counts))
+        else:
+            few = layer.takes_few_rows(sum(counts), experts)
         y_RD = x_TD.new_empty(starts[-1], x_TD.shape[1])
         if layer.compiled:
             from ..kernels.grouped_linear import combine
             from ..kernels.sort_rows import sort_rows
 
             rows = sort_rows(order_TK, len(visit.experts))
-            self._compute(visit, starts, few, x_TD, rows.token_R, y_RD)
+            self._compute(visit, starts, few, deadline, x_TD, rows.token_R, y_RD)
             return combine(y_RD, rows.position_TK, weights_TK)
         local = LocalDispatcher(len(visit.experts))
         token_R, _, state = local.route(order_TK, weights_TK)
-        self._compute(visit, starts, few, x_TD, token_R, y_RD)
+        self._compute(visit, starts, few, deadline, x_TD, token_R, y_RD)
         return local.combine(y_RD, state)
 
     def _compute(
@@ -248,6 +321,7 @@ class OffloadedLayer:
         visit: Visit,
         starts: Sequence[int],
         few: bool,
+        deadline: float,
         x_TD: torch.Tensor,
         token_R: torch.Tensor,
         y_RD: torch.Tensor,
@@ -260,6 +334,11 @@ class OffloadedLayer:
             rows_of = self._few_rows if few else self._many_rows
             y_RD[low:high] = rows_of(x_TD, token_R[low:high], [row - low for row in rows], places)
             done += len(places)
+            if done < len(visit.experts) and time.monotonic() > deadline:
+                raise ExpertLate(
+                    f"{len(visit.experts) - done} experts of MoE layer {self._number} were not read in the time for"
+                    " which the other ranks wait; raise --collective-timeout, or --expert-memory"
+                )
 
     def _few_rows(
         self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]

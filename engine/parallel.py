@@ -38,6 +38,7 @@ from .mover import Mover
 from .parallel_layer import ParallelLayer, StepContext
 from .progress import Progress
 from .row_format import RowFormat
+from .step_reads import StepReads
 
 if TYPE_CHECKING:
     from .moe import MoELayer
@@ -105,7 +106,8 @@ class Parallel:
         self._config = config
         self._seat = seat
         self._layers = list(layers)
-        self._mover = Mover([layer.pool for layer in layers], tables, parse_size(config.move_bytes, "move_bytes"))
+        self._mover = Mover([layer.own for layer in layers], tables, parse_size(config.move_bytes, "move_bytes"))
+        self._offloaded = layers[0].offloaded is not None
         self._wake = 0
         self._version = self._aimed = 0
         self._goals: dict[int, list[ExpertTable]] = {}
@@ -125,6 +127,8 @@ class Parallel:
         self.balancing = True
         """Whether layers may be balanced where that can pay; on all ranks alike."""
         self._planner = balance_planner(config)
+        if self._offloaded and config.balance == "auto":  # its prices know nothing of reads
+            self._planner = None
         self._room: GuestRoom | None = None
         self._balance = BalanceFigures()
 
@@ -207,6 +211,11 @@ class Parallel:
                 torch.empty(0, pool.spec.top_k, device=device),
             )
 
+    def settle_reads(self) -> None:
+        """After the layers of a step, on every rank: raises ReadFailed when experts could not be read on any."""
+        if self._context.reads is not None and self.group.size > 1:
+            self._context.reads.settle()
+
     def _check(self, values: Sequence[int], what: str) -> None:
         if len(set(values)) > 1:
             by_rank = ", ".join(f"rank {r}: {v}" for r, v in zip(self.group.members, values, strict=True))
@@ -224,6 +233,8 @@ class Parallel:
     def _make_choice(self, tokens_P: tuple[int, ...]) -> StepPlan:
         config, constants, balancer = self._config, self._context.constants, self._context.balancer
         forced = None if config.chunks == "auto" else int(config.chunks)
+        if forced is None and self._offloaded:
+            forced = 1  # an expert that does not stay would be read for each chunk again
         allowed = DISPATCHERS if config.dispatcher == "auto" else (config.dispatcher,)
 
         def choice(dispatcher: str, degree: int, balanced: bool = False) -> StepPlan:
@@ -313,12 +324,12 @@ class Parallel:
         self._closed_bytes += self.group.sent_bytes if group is not self.group else 0
         self.group = group
         mover = self._mover
-        group.put("ready", {"slots": [layer.pool.num_slots for layer in self._layers], "step": self.progress.step})
+        group.put("ready", {"slots": [layer.own.num_slots for layer in self._layers], "step": self.progress.step})
         said = group.get_all("ready", timeout_s)
         slots_L = [max(s["slots"][index] for s in said) for index in range(len(self._layers))]
         self.progress.step = max(s["step"] for s in said)
         self.progress.layer = -1
-        flat = [e for layer, n in zip(self._layers, slots_L, strict=True) for e in _padded(layer.pool.contents, n)]
+        flat = [e for layer, n in zip(self._layers, slots_L, strict=True) for e in _padded(layer.own.contents, n)]
         rows_P = group.all_gather_ints(flat)
         found, start = [], 0
         for layer, slots in zip(self._layers, slots_L, strict=True):
@@ -337,6 +348,7 @@ class Parallel:
         self._version = self._aimed = self._last_digest = 0
         self._choices.clear()
         self._context = StepContext(group, self._idle_plan())
+        self._context.reads = StepReads(group) if self._offloaded else None
         self._context.balancer = self._make_balancer()
         for index in range(len(self._layers)):
             self._use(index)
@@ -410,6 +422,8 @@ class Parallel:
         if self._room is None:
             layer = max(self._layers, key=lambda layer: layer.cutter.nbytes())
             nbytes = guest_bytes(self._config, layer.cutter.nbytes(), layer.pool.num_slots)
+            if self._offloaded:
+                nbytes = 0  # their weights would have to be in memory at their homes
             self._room = GuestRoom(nbytes, layer.cutter, self.group.device)
         machines = [row[0] for row in self.group.all_gather_ints([machine_number()])]
         nodes = list(dict.fromkeys(machines))
@@ -424,6 +438,10 @@ class Parallel:
         )
 
     def _make_room(self, goals: Sequence[ExpertTable]) -> None:
+        if self._offloaded:
+            for layer, goal in zip(self._layers, goals, strict=True):
+                layer.own.grow(max(goal.slots, layer.own.num_slots))
+            return
         needed = sum(
             (goal.slots - layer.pool.num_slots) * layer.pool.reader.nbytes
             for layer, goal in zip(self._layers, goals, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,7 @@ from .lookup import Lookups
 from .rank_dispatch import RankDispatcher
 from .row_format import RowFormat
 from .shared_fill import SharedFill
+from .step_reads import StepReads
 
 if TYPE_CHECKING:
     from .moe import MoELayer
@@ -40,6 +42,8 @@ class StepContext:
     balancer: Balancer | None = None
     budget: RowBudget | None = None
     """What the ranks' memory has room for; None: before that is known."""
+    reads: StepReads | None = None
+    """Of experts that are not all in memory."""
 
 
 class ParallelLayer:
@@ -86,6 +90,8 @@ class ParallelLayer:
             self._balance.tokens_P = context.plan.tokens_P if self.moves_shared else ()
         chunks = self.dispatchers[context.plan.dispatcher].cut(x_TD, ids_TK, weights_TK, context.plan)
         self.degrees[len(chunks)] = self.degrees.get(len(chunks), 0) + 1
+        if context.reads is not None:
+            context.reads.begin_layer()
         chunks[0].send()
         fill = None
         if layer.overlap is not None and self._balance is not None and (moves := self._balance.shared_moves):
@@ -121,16 +127,20 @@ class ParallelLayer:
         slots_RK = arrived.slots_RK
         guests_expected = balance is not None and balance.guests_expected
         if guests_expected:
-            slots_RK = slots_RK.masked_fill(slots_RK >= layer.pool.num_slots, -1)
+            slots_RK = slots_RK.masked_fill(slots_RK >= layer.own.num_slots, -1)
         with progress.span("experts"):
-            pairs = int((slots_RK >= 0).sum()) if slots_RK.device.type == "cpu" else None
-            y_RD, _ = layer.run_local(arrived.x_RD, slots_RK, arrived.weights_RK, pairs)
+            if self.context.reads is not None:
+                run = partial(layer.run_own, arrived.x_RD, slots_RK, arrived.weights_RK, None)
+                y_RD = self.context.reads.run(run, arrived.x_RD)
+            else:
+                pairs = int((slots_RK >= 0).sum()) if slots_RK.device.type == "cpu" else None
+                y_RD = layer.run_own(arrived.x_RD, slots_RK, arrived.weights_RK, pairs)
         if balance is None or not (guests_expected or balance.moving):
             return y_RD
         guests = balance.guests()  # also passes on what others wait for
         if guests:
             with progress.span("experts"):
-                numbers_RK = torch.where(arrived.slots_RK >= layer.pool.num_slots, arrived.slots_RK, -1)
+                numbers_RK = torch.where(arrived.slots_RK >= layer.own.num_slots, arrived.slots_RK, -1)
                 if numbers_RK.device.type == "cuda" and not self.context.plan.balanced:
                     return y_RD + run_guests_on_all(arrived.x_RD, numbers_RK, arrived.weights_RK, guests, layer.gate)
                 _add_guests(y_RD, arrived, numbers_RK, guests, layer)
@@ -147,7 +157,7 @@ class ParallelLayer:
             arrived = chunk.arrive()
             slots_RK = arrived.slots_RK
             with self.context.group.progress.span("experts"):
-                whole_RK = slots_RK.masked_fill(slots_RK >= layer.pool.num_slots, -1)
+                whole_RK = slots_RK.masked_fill(slots_RK >= layer.own.num_slots, -1)
                 y_RD, _ = layer.run_local(arrived.x_RD, whole_RK, arrived.weights_RK, int((whole_RK >= 0).sum()))
                 for number, part in balance.late_parts():
                     _add_guests(y_RD, arrived, torch.where(slots_RK == number, number, -1), {number: part}, layer)

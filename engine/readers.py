@@ -59,17 +59,25 @@ class Read(Future[Mapping[str, torch.Tensor]]):
 class Readers:
     """`threads` reads in flight, and at most `depth` waiting; demand is let in always, those who wait for it bound it.
 
+    The disk is demand's while there is any: other reads go on when it has ended, and at most `behind` of them at a
+    time, so that few are in the way of the next.
+
     Every read goes through one of `buffers`, and all memory is theirs. When a more urgent read waits and a buffer is
     free for it, one that has started is set aside between two pieces and goes on later: buffers beyond one for
     each thread are for that.
     """
 
-    def __init__(self, source: Source, buffers: Sequence[AlignedBuffer], *, threads: int, depth: int = 256):
+    def __init__(
+        self, source: Source, buffers: Sequence[AlignedBuffer], *, threads: int, depth: int = 256, behind: int = 1
+    ):
         if not 1 <= threads <= len(buffers):
             raise ValueError(f"threads is {threads}; expected at least 1, and a buffer for each (here {len(buffers)})")
         self._source = source
         self._free = list(buffers)
         self._depth = depth
+        self._behind = behind
+        self._running: set[Read] = set()
+        """Reads that a thread is at."""
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, int, Read]] = []
@@ -184,7 +192,7 @@ class Readers:
         with self._changed:
             while not self._closed:
                 self._tidy()
-                if not self._waiting:
+                if not self._waiting or not self._may_go_on(self._waiting[0][2]):
                     self._changed.wait()
                     continue
                 if self._waiting[0][2]._buffer is None and not self._free:
@@ -201,8 +209,16 @@ class Readers:
                         continue
                     read._buffer = self._free.pop()
                 read._waits = False
+                self._running.add(read)
                 return read
             return None
+
+    def _may_go_on(self, read: Read) -> bool:
+        """Whether the disk is this read's now."""
+        if read.priority == Priority.DEMAND:
+            return True
+        others = self._running - {read}
+        return len(others) < self._behind and not any(r.priority == Priority.DEMAND for r in others)
 
     def _advance(self, read: Read) -> None:
         """Reads until the read has ended or is set aside."""
@@ -218,9 +234,11 @@ class Readers:
         except BaseException as error:  # for the one who waits for the read, whatever it is
             failure = error
         with self._changed:
+            self._running.remove(read)
             self._unfinished.remove(read)
             self._free.append(read._buffer)
             read._buffer = None
+            self._changed.notify_all()  # others may go on
         if failure is None:
             read.set_result(read.into)
         else:
@@ -232,9 +250,12 @@ class Readers:
             if self._closed or read._unwanted:
                 raise CancelledError("readers: closed while reading" if self._closed else "readers: abandoned")
             self._tidy()
-            if not self._waiting or self._waiting[0][0] >= read.priority:
-                return False
-            if self._waiting[0][2]._buffer is None and not self._free:
-                return False
+            if self._may_go_on(read):
+                if not self._waiting or self._waiting[0][0] >= read.priority:
+                    return False
+                if self._waiting[0][2]._buffer is None and not self._free:
+                    return False
+            self._running.remove(read)
             self._push(read)
+            self._changed.notify_all()
             return True

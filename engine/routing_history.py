@@ -48,6 +48,11 @@ class History:
         layers = rate_HLE.shape[1]
         return _own_features(rate_HLE[:, None]).reshape(layers, -1)
 
+    def rate_roots(self, even: float) -> Array:
+        """[H, L, E] the roots of the rates alone."""
+        rate_HLE = _rates(self._decayed_HLE, self._tokens_H[:, None, None], even)
+        return np.sqrt(rate_HLE, out=rate_HLE)
+
 
 def _decays() -> npt.NDArray[np.float32]:
     return np.array([2.0 ** (-1.0 / half_life) for half_life in RATE_HALF_LIVES], dtype=np.float32)
@@ -61,6 +66,14 @@ def _rates(decayed: Array, tokens: Array, even: float) -> Array:
 def _own_features(rate_HTLE: Array) -> Array:
     """[T, L, F, E]: the rates, and their roots, which are more even."""
     return np.concatenate([np.sqrt(rate_HTLE), rate_HTLE]).transpose(1, 2, 0, 3)
+
+
+def rate_roots(decayed_BHLE: Array, tokens_B: Array, even: float) -> Array:
+    """[B, H, L, E] the roots of the rates of B sequences that have had so many tokens, and these decayed uses."""
+    keep_H = _decays()
+    tokens_BH = (1 - keep_H ** tokens_B[:, None].astype(np.float32)) / (1 - keep_H)  # the sum of the decays
+    rate_BHLE = _rates(decayed_BHLE, tokens_BH[:, :, None, None], even)
+    return np.sqrt(rate_BHLE, out=rate_BHLE)
 
 
 def rank_weights(top_k: int) -> npt.NDArray[np.float32]:

@@ -126,6 +126,8 @@ class ExpertStore:
         self.size = size
         self.figures = StoreFigures()
         self.step = -1
+        self.timeout_s = READ_TIMEOUT_S
+        """How long a layer may wait for one expert."""
         self.most_used = 0
         """Most bytes that were in use at once: places with an expert in them or on the way, and reads' buffers."""
         self.heard: Callable[[str, int, bool], None] = lambda by, nbytes, used: None
@@ -147,6 +149,10 @@ class ExpertStore:
     def resident(self) -> frozenset[Place]:
         """Layers and experts that are in their slots."""
         return frozenset(self._resident)
+
+    def here(self, layer: int) -> Any:
+        """[E] whom the policy gives a slot."""
+        return self._policy.resident_LE[layer]
 
     def begin_step(self) -> None:
         """A step of the engine: to the policy, all layers until the next one are of the same time."""
@@ -287,9 +293,9 @@ class ExpertStore:
         assert held.read is not None
         begun = time.monotonic_ns()
         try:
-            held.read.result(READ_TIMEOUT_S)
+            held.read.result(self.timeout_s)
         except futures.TimeoutError as error:
-            raise _late(at) from error
+            raise self._late(at) from error
         finally:
             self.figures.waited_ns += time.monotonic_ns() - begun
         self._arrived(held)
@@ -344,10 +350,13 @@ class ExpertStore:
         """Until a read that was abandoned has ended, for the sake of an expert or of nobody."""
         begun = time.monotonic_ns()
         reads = [held.read for held in self._leaving if held.read is not None]
-        if not futures.wait(reads, READ_TIMEOUT_S, futures.FIRST_COMPLETED).done:
-            raise _late(at or self._leaving[0].at)
+        if not futures.wait(reads, self.timeout_s, futures.FIRST_COMPLETED).done:
+            raise self._late(at or self._leaving[0].at)
         self.figures.waited_ns += time.monotonic_ns() - begun
         self._reclaim()
+
+    def _late(self, at: Place) -> ExpertLate:
+        return ExpertLate(f"expert {at[1]} of MoE layer {at[0]} was not read within {self.timeout_s:g} s")
 
     def _break_off(self) -> None:
         """After a visit that did not come to its end: only what stays and is there remains."""
@@ -377,7 +386,3 @@ def _runs(held: _Held) -> bool:
 def _chance(held: _Held) -> float:
     assert held.want is not None
     return held.want.chance
-
-
-def _late(at: Place) -> ExpertLate:
-    return ExpertLate(f"expert {at[1]} of MoE layer {at[0]} was not read within {READ_TIMEOUT_S:g} s")

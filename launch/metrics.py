@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..engine.messages import Stats
+from ..engine.predict.meter import Measured
 from ..engine.progress import PHASES
 from ..scheduler.choices import DISPATCHERS
 from ..scheduler.placement import imbalance
@@ -114,6 +115,15 @@ _BALANCE = (
 )
 """Fields of `Stats` without `balance_`, names without `moe_balance_`, texts, and the counters' unit."""
 
+_PREDICTOR_GAUGES = {
+    "precision": "Share of the experts not in memory that a predictor of routing found worth reading which their layer"
+    " then used; of late.",
+    "us_per_token": "Microseconds per token that a predictor of routing takes; of late.",
+    "useful_share": "Share of the bytes read ahead on a predictor's word that were used; of late.",
+    "on": "Ranks in which a predictor is asked; one that costs more than it hides is not.",
+}
+"""By the names of `Measured`'s properties."""
+
 
 class Metrics:
     """Implements the front end's observer; `render` gives the text that Prometheus scrapes."""
@@ -170,6 +180,21 @@ class Metrics:
             " since the start and where the experts are now.",
         )
         self._imbalance.set(1)
+        recall = self._gauge(
+            "moe_predictor_recall",
+            "Share of the experts that layers used which a predictor of routing named among its first k or 2k, where k"
+            " is how many the layer used; of late.",
+            "predictor",
+            "at",
+        )
+        self._of_predictor = [
+            (recall, ("k",), "recall_k"),
+            (recall, ("2k",), "recall_2k"),
+            *(
+                (self._gauge(f"moe_predictor_{name}", text, "predictor"), (), name)
+                for name, text in _PREDICTOR_GAUGES.items()
+            ),
+        ]
         self._ranks = self._gauge("ranks", "Ranks that serve now.")
         self._losses = self._counter("rank_losses", "Ranks that were lost: ended, killed or stalled.")
         self._of_rank = [
@@ -225,6 +250,11 @@ class Metrics:
             # A total that went down belongs to a rank that started again: all of it is new.
             counter.inc((total - before if total >= before else total) * unit)
         self._seen = stats
+        for predictor, values in stats.predictors.items():
+            measured = Measured.from_list(values)
+            for gauge, labels, name in self._of_predictor:
+                if (value := getattr(measured, name)) is not None:
+                    gauge.labels(predictor, *labels).set(value)
         if stats.balance_layers:
             least, planned = stats.balance_ideal_ns, stats.balance_modelled_ns
             self._time_balance.set(least / max(1, planned))

@@ -1,14 +1,15 @@
 """`moeyard plan`: what a checkpoint takes and what fits, from its headers alone, before anything is loaded.
 
-With `--expert-memory`, or where only that would make it fit, it says what speed to expect by how much of the experts is
-in memory; for that it measures the memory, and the disk if that has not been. With `--ep N` the memory is that of each
-of N ranks: all dense weights, its share of the experts, its own KV cache. The constants that were measured for this
-model are shown, too. A Hub id is downloaded first, as `serve` would.
+With `--expert-memory`, or where only that would make it fit, it says for one rank what speed to expect by how much of
+the experts is in memory; for that it measures the memory, and the disk if that has not been. With `--ep N` the memory
+is that of each of N ranks: all dense weights, its share of the experts, its own KV cache. The constants that were
+measured for this model are shown, too. A Hub id is downloaded first, as `serve` would.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING
 
 import psutil
@@ -44,7 +45,7 @@ def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
             print(f"  a part of the experts cannot be in memory: {error}")
     if suggested is not None:
         print(f"  with --expert-memory {suggested} it would fit")
-    if suggested is not None or config.expert_memory is not None:
+    if suggested is not None or (config.expert_memory is not None and ranks == 1):
         worth = offload_budgets.budgets(config, blueprint, free, suggested)
     for line in profile.lines(config, blueprint, worth.disk if worth else None):
         print(line)
@@ -60,7 +61,7 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
 
     size = blueprint.footprint
     ranks, on_cpu = config.ep or 1, blueprint.device.type == "cpu"
-    experts, note = size.experts, f"{size.num_experts} experts"
+    experts, slots, note = size.experts, size.num_experts, f"{size.num_experts} experts"
     if ranks > 1:
         layers = [
             (slots_needed(spec.num_experts, ranks, config.redundant_experts), blueprint.weights.reader(spec).nbytes)
@@ -68,13 +69,14 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
         ]
         experts, slots = sum(slots * nbytes for slots, nbytes in layers), sum(slots for slots, _ in layers)
         note = f"room for {slots} of {size.num_experts} experts"
-    offload = plan_offload(config, blueprint) if ranks == 1 else None
+    offload = plan_offload(config, blueprint)
     below: list[tuple[str, float, str]] = []
     if offload is not None:
         store = offload.size
         experts = store.nbytes
-        note = f"{store.slots} of {size.num_experts} experts stay, {store.staging} at a time pass through,"
-        below += _below(offload, size)
+        of = f"{slots} experts" if ranks == 1 else f"the {slots} that a rank has"
+        note = f"{store.slots} of {of} stay, {store.staging} at a time pass through,"
+        below += _below(offload, dataclasses.replace(size, num_experts=slots))
     left = free - size.dense - experts
     where = "RAM" if on_cpu else "GPU"
     total = f"of {format_size(_total(blueprint.device.type))}"

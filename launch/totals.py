@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from ..engine.messages import Stats
+from ..engine.predict.meter import add_up
 
 GAUGES = ("running", "waiting", "kv_blocks_used", "kv_blocks_total", "expert_resident_bytes")
-COUNTERS = tuple(f.name for f in dataclasses.fields(Stats) if f.name not in (*GAUGES, "expert_counts"))
+COUNTERS = tuple(f.name for f in dataclasses.fields(Stats) if f.name not in (*GAUGES, "expert_counts", "predictors"))
 
 
 class Totals:
@@ -49,7 +50,8 @@ class Totals:
         values: dict[str, Any] = {name: sum(getattr(s, name) for s in self.ranks.values()) for name in GAUGES}
         if self._as_lists is None and self._sums_of_experts:
             self._as_lists = [sum_E.tolist() for sum_E in self._sums_of_experts]
-        return Stats(**values, **self._sums, expert_counts=self._as_lists)
+        predictors = add_up(stats.predictors for stats in self.ranks.values())
+        return Stats(**values, **self._sums, expert_counts=self._as_lists, predictors=predictors)
 
     def _take_counts(self, rank: int, counts: list[np.ndarray]) -> None:
         zeros = [np.zeros_like(new_E) for new_E in counts]

@@ -11,9 +11,10 @@ from balance_problems import RATES, hot_loads, problem_of, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moeyard.scheduler.balance import priced
 from moeyard.scheduler.balance.baselines import BASELINES
 from moeyard.scheduler.balance.model import bound, price, rank_times, rates_array
-from moeyard.scheduler.balance.plan import Plan, Transfer, native
+from moeyard.scheduler.balance.plan import Plan, Transfer, check, native
 from moeyard.scheduler.balance.problem import Problem, Rates
 
 NS = 1_000_000
@@ -176,3 +177,37 @@ def test_an_expert_cannot_be_streamed_elsewhere_before_it_is_there() -> None:
     rates = replace(SIMPLE, row_ps=0, expert_ps=10 * NS)
     problem = problem_of([1] * 3, 2, home_E=[0, 0, 0], rates=rates, expert_bytes=25_000)
     assert bound(problem) == price(problem, native(problem)) == 30_000
+
+
+def test_a_part_of_an_expert_may_stay_in_its_node() -> None:
+    """Rank 2 has the hot expert. Half of its columns go to rank 3 beside it, only the other half to another node."""
+    held = np.array([[0, 0, 1], [0, 0, 0], [0, 1, 0], [1, 0, 0]])
+    problem = problem_of([366, 3138, 4], 4, holds_PE=held, home_E=[3, 2, 0], ranks_per_node=2)
+    plan = Plan(
+        "test",
+        np.array([[0, 0, 0, 366], [0, 0, 1685, 0], [4, 0, 0, 0]]),
+        np.array([0, 1453, 0]),
+        (Transfer(1, 2, 3, 0, 2), Transfer(1, 2, 1, 1, 2)),
+    )
+    check(problem, plan)
+    assert bound(problem) <= price(problem, plan)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    ranks=st.integers(2, 8),
+    experts=st.integers(1, 12),
+    nodes=st.integers(1, 3),
+    rows=st.integers(50, 60_000),
+)
+def test_our_planner_is_not_below_it(seed: int, ranks: int, experts: int, nodes: int, rows: int) -> None:
+    """Times like those of GPUs, where transfers, rows and streaming all count."""
+    rng = np.random.default_rng(seed)
+    home_E = rng.integers(ranks, size=experts)
+    held = (rng.random((ranks, experts)) < rng.choice([0.0, 0.1, 0.4])).astype(int)
+    held[home_E, np.arange(experts)] = 1
+    loads = (rng.dirichlet(np.full(experts, rng.choice([0.2, 1.0, 20.0]))) * rows).astype(int).tolist()
+    rates = replace(RATES, wire_ps=int(rng.choice([0, 25_600, 60_000])))
+    problem = problem_of(loads, ranks, holds_PE=held, home_E=home_E, ranks_per_node=-(-ranks // nodes), rates=rates)
+    assert bound(problem) <= priced.plan(problem).modelled_ns

@@ -18,7 +18,10 @@ from moeyard.engine.messages import Submit
 from moeyard.engine.params import SamplingParams
 from moeyard.engine.predict.base import Predictor, Rows
 from moeyard.engine.predict.forecast import Forecast
+from moeyard.engine.predict.meter import Meter
 from moeyard.launch.metrics import Metrics
+from moeyard.scheduler.cost import LinkCost
+from moeyard.scheduler.offload_cost import DiskCost
 
 OPTIONS = {"dtype": "float32", "device": "cpu", "threads": 1, "kv_memory": "8MiB", "block_size": 8, "progress": False}
 OPTIONS |= {"max_num_seqs": 8, "max_batched_tokens": 48}
@@ -50,7 +53,8 @@ def make(qwen):
 def alike(monkeypatch):
     """Starts compute alike without measuring."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
-    monkeypatch.setattr(offload, "reads_in_flight", lambda files, progress: 4)
+    disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
+    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
 
 
 def decodes(engine):
@@ -167,7 +171,8 @@ class Knows(Predictor):
 def test_the_first_who_knows_a_request_is_asked_and_those_beside_for_nothing_else():
     silent, first, beside = Predictor(), Knows(0.2, "a"), Knows(0.7, "a", "b")
     first.upcoming, first.future = lambda layer: None, lambda: None
-    forecast = Forecast([silent, first], 1, 1, least_chance=0.5)
+    meters = [Meter(predictor, ns_per_byte=1) for predictor in (silent, first)]
+    forecast = Forecast([], meters, 1, 1, least_chance=0.5)
     forecast.beside.append(beside)
     forecast.begin_step([Rows(request_id="a", first=0, token_ids=[1], start=0)])
     assert len(beside.told) == len(first.told) == 1

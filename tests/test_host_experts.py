@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,6 +14,8 @@ from moeyard.engine import moe, offload
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.host_experts import host_budget
+from moeyard.scheduler.cost import LinkCost
+from moeyard.scheduler.offload_cost import DiskCost
 
 
 @pytest.fixture(scope="module", params=MANY)
@@ -26,7 +29,8 @@ def case(request, tmp_path_factory):
 def make(monkeypatch):
     """An engine whose experts have a host tier of a share of them."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
-    monkeypatch.setattr(offload, "reads_in_flight", lambda files, progress: 4)
+    disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
+    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
     engines, plan_offload = [], engine_module.plan_offload
 
     def planned(share):

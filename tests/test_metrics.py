@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from moeyard.engine.messages import Stats
+from moeyard.engine.predict.meter import Measured
 from moeyard.launch.metrics import Metrics, expert_load
 
 from .fake_frontend import FakeFrontEnd, serving, until
@@ -137,6 +138,21 @@ def test_expert_gauges_per_layer():
     assert now["moe_expert_top_share", (("layer", "1"),)] == 1.0
     assert ("moe_expert_top_share", (("layer", "2"),)) not in now, "nothing is claimed about an idle layer"
     assert metrics.expert_counts == [[4, 4], [8, 0], [0, 0]]
+
+
+def test_predictors():
+    metrics = Metrics()
+    measured = Measured(used=8, right_k=4, right_2k=6, likely=4, likely_used=3, ns=5000, tokens=2, on=1)
+    metrics.on_stats(Stats(predictors={"look_ahead": measured.to_list(), "other": Measured().to_list()}))
+    now = values(metrics)
+
+    def of(name, *labels):
+        return now.get((f"moe_predictor_{name}", (*labels, ("predictor", "look_ahead"))))
+
+    assert (of("recall", ("at", "k")), of("recall", ("at", "2k")), of("precision")) == (0.5, 0.75, 0.75)
+    assert (of("us_per_token"), of("on"), of("useful_share")) == (2.5, 1, None)
+    others = {name: value for (name, labels), value in now.items() if ("predictor", "other") in labels}
+    assert others == {"moe_predictor_on": 0}, "nothing is claimed of one that was not asked"
 
 
 @given(st.lists(st.lists(st.integers(0, 1000), min_size=1, max_size=8), max_size=4))

@@ -20,8 +20,11 @@ from moeyard.engine.messages import Stats, Submit
 from moeyard.engine.next_use import NextUse
 from moeyard.engine.params import SamplingParams
 from moeyard.engine.predict.base import Predictor
+from moeyard.engine.predict.choose import Chosen
 from moeyard.launch.metrics import Metrics
 from moeyard.launch.plan import run as show_plan
+from moeyard.scheduler.cost import LinkCost
+from moeyard.scheduler.offload_cost import DiskCost
 from moeyard.scheduler.residency.slots import Context
 
 MANY = {
@@ -66,7 +69,8 @@ def make():
 def alike(monkeypatch):
     """Starts compute alike without measuring."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
-    monkeypatch.setattr(offload, "reads_in_flight", lambda files, progress: 4)
+    disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
+    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
 
 
 def one_per_layer(engine):
@@ -181,6 +185,7 @@ from moeyard.engine.messages import Submit
 from moeyard.engine.next_use import NextUse
 from moeyard.engine.params import SamplingParams
 from moeyard.engine.predict.base import Predictor
+from moeyard.engine.predict.choose import Chosen
 from moeyard.kernels.warm_up import warm_up
 
 warm_up()
@@ -262,7 +267,7 @@ class Adversary(Predictor):
 
 @pytest.mark.parametrize("memory", ["50%", "25%", "6.3%"])
 def test_wrong_predictions_change_no_token(memory, qwen, make, monkeypatch):
-    monkeypatch.setattr(offload, "predictors_for", lambda option, digest, *shape: [Adversary(*shape)])
+    monkeypatch.setattr(offload, "predictors_for", lambda option, digest, *shape: Chosen(trained=[Adversary(*shape)]))
     engine = make(qwen.path, memory)
     assert generate(engine, qwen.ids, NEW_TOKENS) == qwen.expected
     stats, size = engine.stats(with_experts=False), engine._offload.plan.size
@@ -296,7 +301,7 @@ def test_who_knows_the_future_reads_all_of_it_ahead_and_nothing_in_vain(qwen, ma
     recorder = known.record_routing()
     generate(known, qwen.ids[:1], NEW_TOKENS)
     prophet = Prophet(recorder.take(), 32)
-    monkeypatch.setattr(offload, "predictors_for", lambda *_: [prophet])
+    monkeypatch.setattr(offload, "predictors_for", lambda *_: Chosen(others=[prophet]))
     engine = make(qwen.path, "25%", residency="default")
     assert generate(engine, qwen.ids[:1], NEW_TOKENS) == qwen.expected[:1]
     stats = engine.stats(with_experts=False)
@@ -310,7 +315,7 @@ def test_who_knows_the_future_reads_all_of_it_ahead_and_nothing_in_vain(qwen, ma
     ("change", "message"),
     [
         ({"digest": "another"}, "made for the model another, not"),
-        ({"shape": (2, 32)}, "is for 2 layers of 32 experts, and this model has 3 of 32"),
+        ({"shape": (2, 32)}, "for 2 layers of 32 experts, the model has 3 of 32"),
         ({"file": b"nonsense"}, "this is no predictor of next use"),
     ],
 )
@@ -401,13 +406,27 @@ def test_after_an_error_the_next_request_gets_the_right_tokens(qwen, make, monke
         ({"expert_memory": "1GiB", "residency": "predicted", "predictor": "none"}, "^residency is predicted and pred"),
         ({"expert_memory": "many"}, "^expert_memory: cannot read 'many' as a size"),
         ({"expert_memory": "120%"}, "^expert_memory is 120%"),
-        ({"expert_memory": "1GiB", "ep": 2}, "^expert_memory is 1GiB, and several ranks .*--ep 1"),
+        (
+            {"expert_memory": "1GiB", "residency": "predicted", "ep": 2},
+            "^residency is predicted, and of several .*--ep 1",
+        ),
+        (
+            {"expert_memory": "1GiB", "predictor": "a.npz", "ep": 2},
+            "^predictor is a.npz, and of several ranks .*--ep 1",
+        ),
+        (
+            {"expert_memory": "1GiB", "guest_memory": "1MiB"},
+            "^guest_memory is 1MiB, and with expert_memory .* leave one",
+        ),
+        ({"expert_memory": "1GiB", "move_bytes": "1MiB"}, "^move_bytes is 1MiB, and with expert_memory .* leave one"),
+        ({"expert_memory": "1GiB", "balance": "llep"}, "^balance llep moves weights, and with expert_memory .* priced"),
     ],
 )
 def test_options_that_cannot_be(options, words):
     with pytest.raises(ValueError, match=words):
         EngineConfig(**options)
     EngineConfig(expert_memory="1GiB", residency="lru", ep=1)
+    EngineConfig(expert_memory="1GiB", balance="resplit", ep=2)
 
 
 def test_too_little_is_an_error_with_the_remedy(qwen, make, capsys):

@@ -24,8 +24,9 @@ def room() -> dict[str, torch.Tensor]:
     return {"expert": torch.zeros(2, dtype=torch.int64)}
 
 
-def readers_of(source: Gated, *, threads: int = 1, spare: int = 1, depth: int = 256) -> Readers:
-    return Readers(source, [AlignedBuffer(1) for _ in range(threads + spare)], threads=threads, depth=depth)
+def readers_of(source: Gated, *, threads: int = 1, spare: int = 1, depth: int = 256, behind: int = 1) -> Readers:
+    buffers = [AlignedBuffer(1) for _ in range(threads + spare)]
+    return Readers(source, buffers, threads=threads, depth=depth, behind=behind)
 
 
 class Gated:
@@ -182,7 +183,7 @@ def test_reads_are_set_aside_while_buffers_are_free(spare: int, order: str) -> N
 
 def test_of_two_set_aside_for_one_buffer_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Gated(pieces=2)
-    readers = readers_of(source, threads=2, spare=1)
+    readers = readers_of(source, threads=2, spare=1, behind=2)
     reads = [readers.submit(0, expert, room(), Priority.BACKGROUND) for expert in (0, 1)]
     source.wait_for_a_read()
     source.wait_for_a_read()
@@ -204,6 +205,23 @@ def test_of_two_set_aside_for_one_buffer_one_goes_on(monkeypatch: pytest.MonkeyP
     source.allow(6)
     assert not wait(reads, BOUND_S).not_done
     assert sorted(source.read) == [(e, i) for e in range(4) for i in range(2)]
+    readers.close()
+
+
+def test_the_disk_is_demands_and_then_one_others() -> None:
+    source = Gated(pieces=2)
+    readers = readers_of(source, threads=3, spare=1)
+    others = [readers.submit(0, expert, room(), Priority.LATER) for expert in (0, 1)]
+    source.wait_for_a_read()
+    assert readers.waiting == 1  # there are threads, but only one is for those that nobody waits for
+    demand = readers.submit(0, 2, room())
+    source.wait_for_a_read()
+    source.allow(6)
+    assert demand.result(BOUND_S)["expert"].tolist() == [0, 2]
+    assert not wait(others, BOUND_S).not_done
+    begun, *rest = [piece for piece in source.read if piece[0] != 2]
+    assert begun == (0, 0) and rest == [(0, 1), (1, 0), (1, 1)]
+    assert source.read[-3:] == rest  # all but the piece that was being read come after the demand
     readers.close()
 
 

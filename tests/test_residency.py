@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -379,3 +380,22 @@ def test_a_perfect_predictor_is_nearly_belady() -> None:
 def test_the_documented_example() -> None:
     result = doctest.testmod(oracles)
     assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("name", ["lfu", "lfru", "decayed", "default"])
+def test_a_layer_in_chunks_counts_an_expert_once(name: str) -> None:
+    budget = Budget(layers=2, experts=6, slots=12)
+    whole: Any = POLICIES[name](budget, np.empty(0))
+    parts: Any = POLICIES[name](budget, np.empty(0))
+    for step in range(4):
+        for layer in range(2):
+            whole.step(layer, [0, 1, 2, 3], Context(step=step))
+            for chunk in ([0, 1], [1, 2], [3], [0, 3]):
+                decision = parts.step(layer, chunk, Context(step=step))
+                assert step == 0 or decision.hits == tuple(chunk)
+    if name == "lfu":
+        assert np.array_equal(whole._uses_LE, parts._uses_LE) and whole._uses_LE.max() == 4
+    elif name == "lfru":
+        assert np.array_equal(whole._values(slice(None)), parts._values(slice(None)))
+    else:
+        assert np.array_equal(whole._decayed_HLE, parts._decayed_HLE)

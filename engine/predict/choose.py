@@ -1,20 +1,57 @@
-"""Which predictors an engine uses: what its options name, and what was made for its model."""
+"""Which predictors an engine uses: what its options name, what was trained for its model, what needs no training."""
 
 from __future__ import annotations
 
-from ..next_use import NextUse
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
 from .base import Predictor
+from .history import Coactivation, DecayedCounts
+from .installed import KINDS, Trained, installed, load
 from .next_use import LiveNextUse
+from .path import PathPredictor
+from .path_network import PathNetwork
+
+log = logging.getLogger("moeyard.predict")
 
 
-def predictors_for(option: str, fingerprint: str, layers: int, experts: int) -> list[Predictor]:
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """`trained` ones know the model's routing, and say which experts are worth a slot; `others` only what is next.
+    `look_ahead`: and the model's own routers are asked.
+    """
+
+    trained: list[Predictor] = field(default_factory=list)
+    others: list[Predictor] = field(default_factory=list)
+    look_ahead: bool = False
+
+
+def predictors_for(option: str, fingerprint: str, layers: int, experts: int) -> Chosen:
     """For `--predictor`. Raises ValueError for a file that is no predictor of this model."""
-    if option in ("none", "auto"):
-        return []
-    model = NextUse.load(option, fingerprint)
-    if (model.layers, model.experts) != (layers, experts):
-        raise ValueError(
-            f"predictor: {option} is for {model.layers} layers of {model.experts} experts, and this model has {layers}"
-            f" of {experts}; fit one for it"
-        )
-    return [LiveNextUse(model)]
+    if option == "none":
+        return Chosen()
+    found: list[Trained] = []
+    if option == "auto":
+        there = installed(fingerprint, layers, experts)
+        found = [made for made in (there.path, there.next_use) if made is not None]
+        names = " and ".join(there.names) or "none"
+        log.info("predictors trained for this model: %s%s", names, "" if found else " (moeyard train-predictor)")
+    else:
+        found = [_named(option, fingerprint, layers, experts)]
+    trained: list[Predictor] = [PathPredictor(f) if isinstance(f, PathNetwork) else LiveNextUse(f) for f in found]
+    # Where something was trained, what needs no training is only in the way: it is less often right.
+    others: list[Predictor] = [] if trained else [Coactivation(layers, experts), DecayedCounts(layers, experts)]
+    return Chosen(trained=trained, others=others, look_ahead=option == "auto")
+
+
+def _named(option: str, fingerprint: str, layers: int, experts: int) -> Trained:
+    """A file of any kind."""
+    errors = []
+    for kind in KINDS:
+        try:
+            return load(kind, Path(option), fingerprint, layers, experts)
+        except ValueError as error:
+            errors.append(error)
+    # The kinds have names of their own: of a file that is none of them, either error says so.
+    raise ValueError(f"predictor: {max(errors, key=lambda e: 'made for' in str(e))}")

@@ -12,10 +12,10 @@ from __future__ import annotations
 import numpy as np
 
 from .compiled import compiled
-from .leaving import all_left, leaving_ns, link_steps
+from .leaving import all_left, leaving_ns, left_by, link_steps
 from .streaming import streaming_ns
 
-WEIGHTS = np.array([2, 8])
+WEIGHTS = np.array([0, 2, 5, 8])
 """Eighths in which the work of slices is counted where it is done; the rest is counted as the most that a group does.
 """
 STEPS = 800
@@ -101,32 +101,41 @@ def _tables(work, count, step_ns, most_parts, expert_bytes, rates, row, most_ste
 
 
 @compiled
-def _possible(t, need, inside, helpers, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
+def _possible(t, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, left_J, ratio):
     """Whether ranks with `need` work more than they may keep can be done by t ns."""
     need -= inside * t * 1000
     if need <= 0:
         return True
     last = min(count, -(-(t + hidden) // step_ns))
+    slices = np.int64(0)
+    for left in left_J:
+        if left > t + hidden:
+            break
+        slices += ratio * (t + hidden + 1 - left)
     for i in range(len(WEIGHTS)):  # all that is done elsewhere by then
-        away = near * outs[i, kind, last] + far * outs[i, kind + 1, last]
-        away += (8 - WEIGHTS[i]) * groups * max(np.int64(0), t + hidden + 1 - first_ns)
+        away = near * outs[i, kind, last] + far * outs[i, kind + 1, last] + (8 - WEIGHTS[i]) * slices
         if need > away:
             return False
+    beside = near * outs[len(WEIGHTS) - 1, kind, last]
     for n in range(last):  # what is done by some earlier time, and all that helpers can do after it
         after = t - max(np.int64(0), n * step_ns - hidden)
         if need > near * outs[-1, kind, n] + far * outs[-1, kind + 1, n] + helpers * after * 1000:
             return False
-    return True
+        beside = min(beside, near * outs[-1, kind, n] + close * after * 1000)
+    # What went over near links first, and over no bundle, is done on the other ranks of these nodes.
+    return need <= beside + far * outs[len(WEIGHTS) - 1, kind + 1, last]
 
 
 @compiled
-def _least(low, high, need, inside, helpers, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
+def _least(low, high, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, left_J, ratio):
     """The least time that is possible; `high` if none up to it is."""
-    if _possible(low, need, inside, helpers, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
+    if _possible(low, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, left_J, ratio):
         return low
     while low < high:
         middle = (low + high) // 2
-        if _possible(middle, need, inside, helpers, near, far, outs, kind, step_ns, hidden, count, first_ns, groups):
+        if _possible(
+            middle, need, inside, helpers, close, near, far, outs, kind, step_ns, hidden, count, left_J, ratio
+        ):
             high = middle
         else:
             low = middle + 1
@@ -182,6 +191,7 @@ def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
     set_near = np.zeros(set_n, dtype=np.int64)
     set_far = np.zeros(set_n, dtype=np.int64)
     set_copies = np.zeros(set_n, dtype=np.int64)
+    set_close = np.zeros(set_n, dtype=np.int64)
     for s in range(set_n):
         if s < ranks - 1:
             inside_P[order_P[s]] = True
@@ -189,6 +199,8 @@ def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
             set_near[s] = s + 1
             set_far[s] = seen_node.sum() if nodes > 1 else 0
             set_inside[s] = s + 1
+            for p in range(ranks):
+                set_close[s] += seen_node[node_P[p]] and not inside_P[p]
         else:
             inside_P = node_P == s - (ranks - 1)
             set_far[s] = 1
@@ -212,6 +224,7 @@ def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
             ranks, rates, row, bytes_near, bytes_far,
         )  # fmt: skip
     own = np.empty(experts, dtype=np.int64)
+    left_J = np.empty(experts, dtype=np.int64)
     for p in range(ranks):
         own_n = 0
         for e in order_E:
@@ -248,6 +261,9 @@ def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
                             seen_node[node_P[p]] = True
                     need, inside, near, copies, groups = work, holders, holders, holders, np.int64(1)
                     far = seen_node.sum() if nodes > 1 else 0
+                    close = -holders
+                    for p in range(ranks):
+                        close += seen_node[node_P[p]]
                 else:  # the set's experts; those with more rows than this one go away at no cost
                     need, groups = np.int64(0), np.int64(0)
                     for i in range(set_count[s]):
@@ -255,16 +271,21 @@ def least_ns(loads_E, holds_PE, home_E, node_P, rates, expert_bytes, steps):
                             need += set_loads[s, i] * row
                             groups += 1
                     inside, near, far, copies = set_inside[s], set_near[s], set_far[s], set_copies[s]
+                    close = set_close[s]
                 if inside == ranks or need <= inside * best * 1000:
                     continue
                 first_ns = all_left(bytes_near, bytes_far, rates[4], fa, copies, far)
                 most = count - min(count, first_ns // step_ns)
+                left_J[:groups] = first_ns
+                for i in range(groups if near else 0):  # the groups' experts leave one after the other
+                    left = left_by(i + 1, rates, bytes_near, bytes_far, near, far, copies == 1)
+                    left_J[i] = max(first_ns, left)
                 if work != done_work or most != done_most:
                     _tables(work, count, step_ns, ranks - 1, expert_bytes, rates, row, most, outs)
                     done_work, done_most = work, most
                 found = _least(
-                    best, horizon, need, inside, ranks - inside, near, far, outs, 0 if s < 0 else 2,
-                    step_ns, rates[8], count, first_ns, groups * ratio,
+                    best, horizon, need, inside, ranks - inside, close, near, far, outs, 0 if s < 0 else 2,
+                    step_ns, rates[8], count, left_J[:groups], ratio,
                 )  # fmt: skip
                 best = max(best, found)
         if best < horizon:

@@ -24,6 +24,7 @@ from .moving_state import (
     W_FROM,
     W_NEXT,
     W_RANK,
+    mixed,
     space,
     starts_at,
 )
@@ -89,7 +90,7 @@ def best_group(aim, rates, about_P, at_P, links_L, pick_P, ways_W, links, start,
             rows = min(rows, spare // rates[WIRE])
         if rows <= 0:
             continue
-        this = rows * row * 1024 // max(np.int64(1), last - start) + 1
+        this = rows * row * mixed(aim.seed, parts, start, 400) // max(np.int64(1), last - start) + 1
         if this > score:
             score, best_parts, best_rows = this, parts, rows
             for i in range(parts):

@@ -37,8 +37,6 @@ def left_by(j, rates, bytes_near, bytes_far, links, bundles, one_holder):
     then has somebody else all of the j-th. An expert of one holder leaves over one near link.
     """
     near, far = rates[4] + bytes_near, rates[6] + bytes_far
-    if links == 0:
-        return j * far // bundles
     if bundles == 0:
         return (j + links - 1) // links * near if one_holder else j * near // links
     # Whatever share of an expert goes over a link, the link is busy for that share of a whole transfer at least.
@@ -52,12 +50,13 @@ def left_by(j, rates, bytes_near, bytes_far, links, bundles, one_holder):
 def _can_leave(t, need, touched, loads, n, inside, helpers, rates, row, left_J):
     """Whether ranks that alone hold `n` experts can be done by t ns, when the j-th has left at left_J[j - 1].
 
-    An expert that stays in part is streamed, so as many as are too many for that must leave as a whole. The work on an
-    expert elsewhere is at most its rows', and at most what all helpers do once all of it has left.
+    What no holder streams must have left as a whole. The work on an expert elsewhere is at most its rows', and at most
+    what all helpers do once all of it has left.
     """
     if rates[1]:
         gone = touched - inside * (t * 1000 // rates[1])
-        if gone > 0 and max(np.int64(0), left_J[gone - 1] - rates[8]) + rates[9] + rates[1] // (helpers * 1000) > t:
+        least = rates[9] + rates[1] // ((inside + helpers - 1) * 1000)  # a part may be on another of these ranks
+        if gone > 0 and max(np.int64(0), left_J[gone - 1] - rates[8]) + least > t:
             return False
     need -= inside * t * 1000
     for j in range(n):
@@ -71,18 +70,43 @@ def _can_leave(t, need, touched, loads, n, inside, helpers, rates, row, left_J):
 
 
 @compiled
+def _can_cross(t, need, touched, loads, n, inside, rates, row, bytes_far):
+    """The same for ranks of whole nodes, from which experts leave over one bundle. Parts may stay in the node; as much
+    of an expert's rows and streaming as crosses is done elsewhere.
+    """
+    far = rates[6] + bytes_far
+    if far == 0:
+        return True
+    time = t + rates[8]
+    whole, rest = min(time // far, n), time % far
+    streams = touched - whole - (1 if rest and whole < n else 0)
+    if streams * rates[1] > inside * t * 1000:
+        return False
+    need -= inside * t * 1000
+    for j in range(whole):
+        need -= loads[j] * row
+    if whole < n:
+        need -= loads[whole] * row * (rest + 1) // far + 1
+    return need <= 0
+
+
+@compiled
 def leaving_ns(best, high, loads, n, inside, links, bundles, one_holder, ranks, rates, row, bytes_near, bytes_far):
     """The least time by which ranks can be done that alone hold `n` experts; `loads` in descending order."""
     need = row * loads[:n].sum()
     if need <= inside * best * 1000 and rates[1] * n <= inside * best * 1000:
         return best
     left_J = np.empty(n, dtype=np.int64)
-    for j in range(n):
+    for j in range(n if links else 0):
         left_J[j] = left_by(j + 1, rates, bytes_near, bytes_far, links, bundles, one_holder)
     low = best
     while low < high:
         middle = (low + high) // 2
-        if _can_leave(middle, need, n, loads, n, inside, ranks - inside, rates, row, left_J):
+        if links == 0:
+            possible = _can_cross(middle, need, n, loads, n, inside, rates, row, bytes_far)
+        else:
+            possible = _can_leave(middle, need, n, loads, n, inside, ranks - inside, rates, row, left_J)
+        if possible:
             high = middle
         else:
             low = middle + 1

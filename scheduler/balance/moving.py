@@ -39,6 +39,7 @@ from .moving_state import (
     W_FROM,
     W_RANK,
     begin,
+    mixed,
     offer,
     space,
     starts_at,
@@ -108,7 +109,7 @@ def _inside(about_P, links_L, offers_O, origins, offers, segment, node):
 
 
 @compiled
-def _what(first_P, segs_S, at_P, p, bit):
+def _what(aim, first_P, segs_S, at_P, p, bit):
     """A rank's largest segment that somebody may take, the smallest where only experts must go; -1 for none."""
     s = -1
     for i in range(first_P[p], first_P[p + 1]):
@@ -117,7 +118,7 @@ def _what(first_P, segs_S, at_P, p, bit):
         if s < 0:
             s = i
         elif at_P[EXCESS, p] > 0:
-            s = i if segs_S[LEFT, i] > segs_S[LEFT, s] else s
+            s = i if segs_S[LEFT, i] * mixed(aim.seed, i, 5, 300) > segs_S[LEFT, s] * mixed(aim.seed, s, 5, 300) else s
         else:
             s = i if segs_S[LEFT, i] < segs_S[LEFT, s] else s
     return s
@@ -133,6 +134,8 @@ def _takers(aim, about_P, holds_PE, at_P, links_L, has_PE, pick_P, expert, node,
         if at_P[DONE, d] >= aim.goal or at_P[ROOM, d] <= 0 or at_P[EXCESS, d] > 0 or at_P[DROP, d] > 0:
             continue
         when = max(at_P[DONE, d], max(start, links_L[RECEIVING, ranks + about_P[NODE, d] if far else d]) * PS)
+        if aim.seed & 1:
+            when = when * mixed(aim.seed, d, expert, 200)
         i = n
         while i > 0 and pick_P[READY, i - 1] > when:
             pick_P[READY, i] = pick_P[READY, i - 1]
@@ -185,7 +188,7 @@ def _best_whole(aim, rates, about_P, holds_PE, at_P, links_L, has_PE, pick_P, e,
                     worth += max(np.int64(0), goal - max(at_P[DONE, j], after * PS))
             spare = worth
             worth = min(worth, most * row)
-        score = worth * 1024 // max(np.int64(1), end - start) + 1
+        score = worth * mixed(aim.seed, e, start, 400) // max(np.int64(1), end - start) + 1
         if score > best_score or (score == best_score and spare > best_spare):
             best_score, best_rows, best_d, best_spare = score, rows, d, spare
         tried += 1
@@ -279,7 +282,7 @@ def attempt(aim, layer, segments, state, stamp, spent):
         p, s = offers_O[O_RANK, at], offers_O[O_SEGMENT, at]
         bit = FAR_OPEN if far else NEAR_OPEN
         if s < 0:
-            s = _what(first_P, segs_S, at_P, p, bit)
+            s = _what(aim, first_P, segs_S, at_P, p, bit)
             if s < 0:
                 offers_O[O_OPEN, at] &= ~bit
                 continue

@@ -60,6 +60,7 @@ class Aim(NamedTuple):
     slices: np.int64
     later: np.int64
     pooled: np.int64
+    seed: np.int64
 
 
 class State(NamedTuple):
@@ -75,6 +76,21 @@ class State(NamedTuple):
     offers_O: np.ndarray
     pick_P: np.ndarray
     ways_W: np.ndarray
+
+
+@compiled
+def mixed(seed, a, b, amount):
+    """1024 without a seed; else a number from 1024 - amount to 1024 + amount, like chance but the same everywhere.
+
+    A greedy attempt that weighs its choices by such numbers may find what the best choice at each step misses.
+    """
+    if seed == 0:
+        return np.int64(1024)
+    h = (seed * 1_000_003 + a * 7919 + b * 104_729 + 12_345) & 0x7FFFFFFF
+    h = (h * 48_271) % 2_147_483_647
+    h = ((h ^ (h >> 13)) * 69_621) % 2_147_483_647
+    h = h ^ (h >> 11)
+    return 1024 - amount + h % (2 * amount + 1)
 
 
 @compiled

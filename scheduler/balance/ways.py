@@ -46,6 +46,8 @@ transfer brings at most 1/2 ** QUANTUM of the goal (0: no limit); slices only af
 sends away what it has too much of together, so that a rank can give more than it must and then take from others.
 """
 
+TURNS = 2
+"""How often all ways are tried: first as they are, then with choices weighed as if by chance (`moving_state.mixed`)."""
 LEAST_BUDGET = 350_000
 BUDGET_PER_PAIR = 26
 """How long the search looks, in steps that are counted, so that all ranks stop at the same place: for each pair of an
@@ -81,10 +83,10 @@ def _segments(split_EP, rows_P, touched_P):
 
 
 @compiled
-def _next_goal(way, step, low, high, mean):
+def _next_goal(turn, step, low, high, mean):
     """A goal to try; 0 where there is nothing to learn from one."""
-    if way and step == 0:  # one look whether this way is better at all
-        return max(mean + mean // 250, high - high // 50)
+    if turn and step == 0:  # one look whether this way is better at all
+        return max(mean + mean // 250, high - high // (50 if turn < len(WAYS) else 100))
     if step < 2:
         goal = mean + mean // (250 if step == 0 else 80)
         return goal if goal < high else np.int64(0)
@@ -111,19 +113,21 @@ def by_transfers(split_EP, rows_P, touched_P, layer, mean, best_ns, budget, spen
     done_P = np.empty(ranks, dtype=np.int64)
     stamp = np.int64(0)
     best_count, chunks = np.int64(-1), np.int64(1)
-    for way in range(len(WAYS)):
+    for turn in range(len(WAYS) * TURNS):
+        way = turn % len(WAYS)
+        seed = np.int64(0) if turn < len(WAYS) else np.int64(turn)
         if rates[NODES] == 1 and (WAYS[way, SLICES] == OVER_BOTH or way == 1 or (way and not WAYS[way, POOLED])):
             continue  # the same as another
         low, high = mean, (best_ns - rates[BASE]) * PS
         for step in range(14):
-            if high - low <= high // (200 if way else 500) or spent[0] >= budget:
+            if high - low <= high // (200 if turn else 500) or spent[0] >= budget:
                 break
-            goal = _next_goal(way, step, low, high, mean)
+            goal = _next_goal(turn, step, low, high, mean)
             if goal == 0:
                 continue
             stamp += 1
             quantum = goal >> WAYS[way, QUANTUM] if WAYS[way, QUANTUM] else MOST
-            aim = Aim(goal, quantum, WAYS[way, SLICES], goal * WAYS[way, LATER] // 8, WAYS[way, POOLED])
+            aim = Aim(goal, quantum, WAYS[way, SLICES], goal * WAYS[way, LATER] // 8, WAYS[way, POOLED], seed)
             count = attempt(aim, layer, segments, state, stamp, spent)
             copy(at_P[ROWS], received)
             for i in range(count):
@@ -139,7 +143,7 @@ def by_transfers(split_EP, rows_P, touched_P, layer, mean, best_ns, budget, spen
                 high = min(goal, (ns - rates[BASE]) * PS)
             else:
                 low = goal
-                if way and step == 0:
+                if turn and step == 0:
                     break
     if best_count >= 0:
         for e in range(experts):

@@ -108,6 +108,9 @@ class Policy(ABC):
         self._margin = -math.inf
         """By how much a newcomer must be worth more than its victim."""
         self._step = -1
+        self._at = (-1, -1)
+        self._used: frozenset[int] = frozenset()
+        """By the last events, which were of that step and layer."""
 
     @property
     def resident_LE(self) -> Booleans:
@@ -117,8 +120,9 @@ class Policy(ABC):
     def step(self, layer: int, experts: Iterable[int], context: Context) -> Decision:
         """One event: looks up `experts` of `layer`, then decides what to admit and what to evict for it.
 
-        Repeated experts count once. Raises ValueError for a layer or an expert that is not there, or a step that is
-        before the last one.
+        Repeated experts count once, and as used once where a layer of a step has several events, one after the other:
+        it is computed in chunks. Raises ValueError for a layer or an expert that is not there, or a step that is before
+        the last one.
         """
         need = sorted({int(expert) for expert in experts})
         if not 0 <= layer < self.budget.layers:
@@ -136,7 +140,9 @@ class Policy(ABC):
         here_K = self._resident_LE[layer, need_K].tolist()
         hits = tuple(expert for expert, here in zip(need, here_K, strict=True) if here)
         misses = tuple(expert for expert, here in zip(need, here_K, strict=True) if not here)
-        self._touch(layer, need_K)
+        before = self._used if self._at == (context.step, layer) else frozenset()
+        self._at, self._used = (context.step, layer), before.union(need)
+        self._touch(layer, need_K if not before else np.array([e for e in need if e not in before], dtype=np.int64))
         admitted, evicted = self._decide(layer, misses, need_K)
         return Decision(hits=hits, misses=misses, admitted=admitted, evicted=evicted)
 
