@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..kernels.environment import usable_cores
 from ..scheduler.balance.baselines import Planner
 from . import balance_ranks, published
+from .balance_bound import AVAILABLE
 from .balance_grid import LOADS, Cell, Layout, Row, grid, simulate
 from .balance_report import figures, picture, published_table, summary, worst_cells, write_csv
 from .moe_shapes import SHAPES
@@ -103,7 +104,8 @@ def _simulate(args: argparse.Namespace) -> int:
         _write(args.picture, lambda path: path.write_text(picture(rows), encoding="utf-8"))
     entries = [(entry, published.modelled(entry)) for entry in published.TABLE]
     print(summary(rows))
-    print()
+    how = "linear programmes where the planner's own is far off" if AVAILABLE else "the planner's own: scipy is missing"
+    print(f"\nbounds are by {how}\n")
     print(worst_cells(rows))
     print()
     print(published_table(entries))

@@ -26,7 +26,7 @@ from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, Pre
 from ..scheduler.residency.slots import Budget, Policy
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
-from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
+from .expert_files import AlignedBuffer, ExpertFiles
 from .host_experts import HostExperts, host_budget
 from .measure_disk import disk_constants
 from .predict.base import Predictor, Rows
@@ -54,6 +54,11 @@ POLICIES: dict[str, Callable[[Budget], Policy]] = {
 
 LOOK_AHEAD = 2
 """Layers: a question takes some tenths of a millisecond."""
+
+LEAST_CHANCE = 0.5
+"""With which an expert is needed that is read ahead. Where steps wait for the disk, a read for nothing costs as much as
+a right one saves.
+"""
 
 log = logging.getLogger("moeyard.offload")
 
@@ -201,18 +206,14 @@ class Offload:
         chosen = plan.predictors
         self._look_ahead = LookAhead(blueprint.model, blueprint.spec, LOOK_AHEAD) if chosen.look_ahead else None
         untrained = [*([self._look_ahead] if self._look_ahead is not None else []), *chosen.others]
-        # A demand that finds the disk busy with a wrong guess waits for a piece; a right one saves an expert's reading.
-        piece = min(PIECE_BYTES, plan.size.expert)
-        least_chance = piece / (piece + plan.size.expert)
         ns_per_byte = host.ns_per_byte if host is not None else plan.read_ns_per_byte
 
         def meter(predictor: Predictor, judged: bool) -> Meter:
             return Meter(
                 predictor,
                 ns_per_byte=ns_per_byte,
-                wasted_ns_per_byte=ns_per_byte * piece / plan.size.expert,
                 resident=self.store.here,
-                least_chance=least_chance,
+                least_chance=LEAST_CHANCE,
                 judged=judged,
             )
 
@@ -221,7 +222,7 @@ class Offload:
             [meter(predictor, True) for predictor in untrained],
             plan.budget.layers,
             plan.budget.experts,
-            least_chance=least_chance,
+            least_chance=LEAST_CHANCE,
         )
         self.store.heard = self.forecast.heard
         for number, layer in enumerate(layers):

@@ -144,8 +144,8 @@ class Meter(Predictor):
 
     Args:
         predictor: whose name it takes.
-        ns_per_byte: how long the disk takes for a byte: what one that was read ahead and used gains.
-        wasted_ns_per_byte: what one that was not used costs the others; as much by default.
+        ns_per_byte: how long the disk takes for a byte: what one that was read ahead and used gains, and one that was
+            not used costs the others.
         resident: [E] for a layer, which experts need not be read. None: precision is not measured.
         least_chance: from which an expert is read ahead.
         judged: whether the store tells of all that it is good for. Without that it is measured but stays on.
@@ -156,7 +156,6 @@ class Meter(Predictor):
         predictor: Predictor,
         *,
         ns_per_byte: float,
-        wasted_ns_per_byte: float | None = None,
         resident: Callable[[int], Array] | None = None,
         least_chance: float = 0.5,
         judged: bool = True,
@@ -165,7 +164,6 @@ class Meter(Predictor):
         self.predictor = predictor
         self.name = predictor.name
         self._ns_per_byte = ns_per_byte
-        self._wasted_ns_per_byte = ns_per_byte if wasted_ns_per_byte is None else wasted_ns_per_byte
         self._resident = resident
         self._least = least_chance
         self._judged = judged
@@ -300,6 +298,6 @@ class Meter(Predictor):
         figures.read_bytes += self._read_bytes
         figures.used_bytes += self._used_bytes
         wasted = self._read_bytes - self._used_bytes
-        spent_ns = self._ns + round(wasted * self._wasted_ns_per_byte)
+        spent_ns = self._ns + round(wasted * self._ns_per_byte)
         self._switch.step(round(self._used_bytes * self._ns_per_byte), spent_ns)
         self._ns = self._tokens = self._read_bytes = self._used_bytes = 0
