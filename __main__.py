@@ -26,6 +26,7 @@ BENCHES = {
     "disk": "how fast single experts are read from a checkpoint's files",
     "offload": "experts that do not fit in memory, against other ways to run such a model",
     "affinity": "which requests to run together so that they share experts, simulated",
+    "batching": "the same with the engine: requests in order, and those together that share missing experts",
 }
 
 

@@ -35,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=64, metavar="N", help="of each request (default: 64)")
     add("--rounds", type=int, default=3, metavar="N", help="with other requests each time (default: 3)")
     add("--resident", type=float, default=0.25, metavar="SHARE", help="of the experts with a slot (default: 0.25)")
-    add("--most-waits", type=int, default=4, metavar="N", help="steps a token may be passed over (default: 4)")
     add("--ways", metavar="NAME,NAME", help=f"of {', '.join(WAYS)} (default: the best of all in each step)")
     add("--expert-bytes", default="13MB", metavar="SIZE", help="of one expert (default: 13MB)")
     add("--bandwidth", default="25GB", metavar="SIZE", help="missing experts read in a second (default: 25GB)")
@@ -46,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises ValueError for options that cannot work."""
-    requests = _numbers(args.requests)
-    for name, least in (("tokens", 1), ("rounds", 1), ("most_waits", 0), ("step_us", 0), ("seed", 0)):
+    requests = numbers(args.requests)
+    for name, least in (("tokens", 1), ("rounds", 1), ("step_us", 0), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
     if args.step_tokens is not None and args.step_tokens < 1:
@@ -88,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
                             slots,
                             machine,
                             most=number if together else most,
-                            most_waits=args.most_waits,
                             batching="in-order" if together else name,
                             ways=ways,
                         )
@@ -107,14 +105,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Of `--requests`, ascending."""
     try:
-        numbers = sorted({int(part) for part in text.split(",")})
+        found = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        numbers = []
-    if not numbers or numbers[0] < 1:
+        found = []
+    if not found or found[0] < 1:
         raise ValueError(f"--requests is {text!r}; it must be numbers of at least 1 with commas between")
-    return numbers
+    return found
 
 
 def _figures(requests: int, tallies: dict[str, Tally]) -> dict[str, float]:

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import numpy.typing as npt
 
-from ..scheduler.affinity.choice import choose
-from ..scheduler.affinity.ready import FS_PER_NS, Ready
+from ..scheduler.affinity.picker import AffinityPicker, InOrder
+from ..scheduler.affinity.ready import FS_PER_NS
 from ..scheduler.affinity.ways import WAYS
+from ..scheduler.requests import Request
 from ..scheduler.residency.policies import default_policy
 from ..scheduler.residency.slots import Budget, Context
 from .routing import zipf_weights
 from .token_trace import TokenTrace
 
 BATCHINGS = ("in-order", "recent", "known")
-"""No choice; by the 2k experts that a request used most of late; by its next token's real ones."""
+"""No choice; by the k experts that a request used most of late; by its next token's real ones."""
 HALF_LIFE = 16
 """Tokens after which a use counts half in `recent`."""
 DOMAINS = 4
@@ -38,7 +39,7 @@ class Tally:
     missed: int = 0
     ns: int = 0
     chosen: int = 0
-    """Steps that were not the ones in order."""
+    """Steps of rounds that were not in order."""
     waits: list[int] = field(default_factory=list)
 
     @property
@@ -65,39 +66,40 @@ def simulate(
     slots: int,
     machine: Machine,
     most: int,
-    most_waits: int,
     batching: str,
     ways: tuple[str, ...] = tuple(WAYS),
 ) -> Tally:
     """All tokens of all requests in steps of `most`, fewer at the end; `slots` experts of each layer have a place."""
-    requests, tokens, layers, _ = requests_NTLK.shape
+    number, tokens, layers, top_k = requests_NTLK.shape
     uses_NTX = _uses(requests_NTLK, experts)
     policy, tally = default_policy(Budget.per_layer(layers, experts, slots)), Tally()
-    done_N = np.zeros(requests, dtype=np.int64)
-    passed_N = np.zeros(requests, dtype=np.int64)
-    recent_NX = np.zeros((requests, layers * experts))
-    top_k = requests_NTLK.shape[3]
-    while (left := np.flatnonzero(done_N < tokens)).size:
-        missing_X = ~policy.resident_LE.reshape(-1)
-        if batching == "known":
-            needs_RX = uses_NTX[left, done_N[left]]
-        elif batching == "recent":
-            needs_RX = _likeliest(recent_NX[left], experts, 2 * top_k)
-        else:
-            needs_RX = np.zeros((len(left), layers * experts), dtype=bool)
-        choice = choose(
-            Ready(
-                needs_RX=needs_RX,
-                missing_bytes_X=missing_X * machine.expert_bytes,
-                passed_over_R=passed_N[left],
-                most=most,
-                most_waits=most_waits,
-                read_fs_per_byte=machine.read_fs_per_byte,
-                step_ns=machine.step_ns,
-            ),
-            ways if batching != "in-order" else (),
+    done_N = np.zeros(number, dtype=np.int64)
+    recent_NX = np.zeros((number, layers * experts))
+
+    def needs(request: Request) -> npt.NDArray[np.bool_]:
+        n = int(request.id)
+        return uses_NTX[n, done_N[n]] if batching == "known" else _likeliest(recent_NX[n], experts, top_k)
+
+    def missing_bytes() -> npt.NDArray[np.int64]:
+        return ~policy.resident_LE.reshape(-1) * machine.expert_bytes
+
+    picker = (
+        InOrder(most=most)
+        if batching == "in-order"
+        else AffinityPicker(
+            predict=needs,
+            missing_bytes=missing_bytes,
+            most=most,
+            read_fs_per_byte=machine.read_fs_per_byte,
+            step_ns=machine.step_ns,
+            ways=ways,
         )
-        run = left[list(choice.rows)]
+    )
+    ready = [Request(str(n), [0], 1) for n in range(number)]
+    while ready:
+        picked = frozenset(picker.pick(ready))
+        run = [int(id) for id in sorted(picked, key=int)]
+        missing_X = ~policy.resident_LE.reshape(-1)
         used_LE = uses_NTX[run, done_N[run]].any(0).reshape(layers, experts)
         missed = int((used_LE.reshape(-1) & missing_X).sum())
         for layer, used_E in enumerate(used_LE):
@@ -107,12 +109,15 @@ def simulate(
         tally.distinct += int(used_LE.sum())
         tally.missed += missed
         tally.ns += machine.step_ns + missed * machine.expert_bytes * machine.read_fs_per_byte // FS_PER_NS
-        tally.chosen += choice.way != "in-order"
-        tally.waits += passed_N[run].tolist()
         recent_NX[run] = recent_NX[run] * 0.5 ** (1 / HALF_LIFE) + uses_NTX[run, done_N[run]]
         done_N[run] += 1
-        passed_N[left] += 1
-        passed_N[run] = 0
+        for request in ready:
+            if request.id in picked:
+                tally.waits.append(request.passed_over)
+            request.passed_over = 0 if request.id in picked else request.passed_over + 1
+        ready = [request for request in ready if done_N[int(request.id)] < tokens]
+    if isinstance(picker, AffinityPicker):
+        tally.chosen = picker.changed
     return tally
 
 
@@ -124,17 +129,23 @@ def _uses(requests_NTLK: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.
     return uses_NTLE[..., :experts].reshape(requests, tokens, layers * experts)
 
 
-def _likeliest(scores_RX: npt.NDArray[np.float64], experts: int, most: int) -> npt.NDArray[np.bool_]:
-    """[R, X] the `most` experts of each layer with the highest scores, of those that have one."""
-    scores_RLE = scores_RX.reshape(len(scores_RX), -1, experts)
-    best_RLK = np.argsort(-scores_RLE, axis=2, kind="stable")[..., :most]
-    likely_RLE = np.zeros(scores_RLE.shape, dtype=bool)
-    np.put_along_axis(likely_RLE, best_RLK, True, axis=2)
-    return (likely_RLE & (scores_RLE > 0)).reshape(scores_RX.shape)
+def _likeliest(scores_X: npt.NDArray[np.float64], experts: int, most: int) -> npt.NDArray[np.bool_]:
+    """[X] the `most` experts of each layer with the highest scores, of those that have one."""
+    scores_LE = scores_X.reshape(-1, experts)
+    best_LK = np.argsort(-scores_LE, axis=1, kind="stable")[:, :most]
+    likely_LE = np.zeros(scores_LE.shape, dtype=bool)
+    np.put_along_axis(likely_LE, best_LK, True, axis=1)
+    return (likely_LE & (scores_LE > 0)).reshape(-1)
 
 
 def mixed(trace: TokenTrace, requests: int, tokens: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """[N, T, L, K] the first tokens of sequences from all domains in turn. Raises ValueError when there are too few."""
+    """[N, T, L, K] the first tokens of `mixed_sequences`."""
+    chosen = mixed_sequences(trace, requests, tokens, rng)
+    return np.stack([trace.topk_TLK[trace.start_S[s] : trace.start_S[s] + tokens] for s in chosen]).astype(np.int64)
+
+
+def mixed_sequences(trace: TokenTrace, requests: int, tokens: int, rng: np.random.Generator) -> list[int]:
+    """Sequences of so many tokens or more from all domains in turn. Raises ValueError when there are too few."""
     lengths_S = trace.end_S - trace.start_S
     long = rng.permutation(np.flatnonzero(lengths_S >= tokens))
     if len(long) < requests:
@@ -149,8 +160,7 @@ def mixed(trace: TokenTrace, requests: int, tokens: int, rng: np.random.Generato
         turns.append((turn.get(domain, 0), domain, int(s)))
         turn[domain] = turn.get(domain, 0) + 1
     # A domain has the same place in every turn: neighbours are of different domains.
-    chosen = [s for _, _, s in sorted(turns)[:requests]]
-    return np.stack([trace.topk_TLK[trace.start_S[s] : trace.start_S[s] + tokens] for s in chosen]).astype(np.int64)
+    return [s for _, _, s in sorted(turns)[:requests]]
 
 
 def synthetic(layers: int, experts: int, top_k: int, sequences: int, tokens: int, seed: int) -> TokenTrace:

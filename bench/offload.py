@@ -15,15 +15,13 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..engine.checkpoint import Checkpoint
 from ..engine.config import EngineConfig, format_size
-from ..engine.next_use import NextUse
 from .disk_rate import disk_cost
+from .fitted import save_predictor
 from .report import emit, spread, table
 from .shapes import add_shape_options, resolve_model
 from .sides import Workload
@@ -143,13 +141,8 @@ class Bench:
 
     def fit(self, trace: TokenTrace) -> None:
         """A predictor of next use, from routing that does not run."""
-        experts = max(trace.experts, self.experts)
-        with tqdm(total=2 * len(trace.topk_TLK), desc="fit", unit="token", disable=None, delay=2, leave=False) as bar:
-            digest = Checkpoint(Path(self.model)).fingerprint
-            model = NextUse.fit(trace.topk_TLK, trace.start_S, experts, digest=digest, progress=bar.update)
-        model = model.with_next_token(trace.topk_TLK, trace.start_S)
         self.predictor = f"{self.folder}/next_use.npz"
-        model.save(self.predictor)
+        save_predictor(trace, self.model, max(trace.experts, self.experts), self.predictor)
 
     def run(self) -> None:
         args, big, small = self.args, *self.shares

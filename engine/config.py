@@ -35,6 +35,8 @@ RESIDENCY = ("auto", "predicted", "default", "decayed", "lfru", "lfu", "lru")
 """Policies (`scheduler.residency`). The first is the second where a predictor of next use is there, else the third; the
 third is by decayed frequency, too."""
 
+BATCHING = ("auto", "affinity", "order")
+
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -87,7 +89,10 @@ class EngineConfig:
     device: str = option("auto", "auto takes CUDA when there is a GPU", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads (default: the cores this process may use)")
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's)")
-    max_num_seqs: int = option(128, "most requests in one step")
+    max_num_seqs: int = option(128, "most requests that run at the same time")
+    max_decode_seqs: int | None = option(
+        None, "most requests that decode in one step, of those that run; the others take turns (default: all decode)"
+    )
     max_batched_tokens: int = option(2048, "token budget of one step, prefill and decode together")
     block_size: int = option(16, "tokens in one KV block")
     memory_fraction: float | None = option(
@@ -119,6 +124,13 @@ class EngineConfig:
         "what predicts the experts to come, where not all have room: auto (what was trained for this model, and what"
         " needs no training), none, or the file of a trained predictor",
         metavar="FILE",
+    )
+    batching: str = option(
+        "auto",
+        "which requests decode together where not all may (--max-decode-seqs): those that will probably need the same"
+        " missing experts (affinity), or in order; auto is affinity where experts are read as they are needed, on one"
+        " rank",
+        choices=BATCHING,
     )
     prefix_cache: bool = option(True, "share KV blocks between requests with a common prefix")
     generation_config: str = option(
@@ -232,7 +244,14 @@ class EngineConfig:
                 f"balance {self.balance} needs to send tokens where a plan says, and dispatcher all_gather sends all to"
                 " every rank; use --dispatcher auto or all_to_all"
             )
-        for name in ("max_num_seqs", "max_batched_tokens", "block_size", "max_model_len", "threads"):
+        for name in (
+            "max_num_seqs",
+            "max_decode_seqs",
+            "max_batched_tokens",
+            "block_size",
+            "max_model_len",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -241,6 +260,12 @@ class EngineConfig:
                 f"max_batched_tokens ({self.max_batched_tokens}) is below max_num_seqs ({self.max_num_seqs}): a step"
                 " must have room for one token of each request; raise the first or lower the second"
             )
+        if self.max_decode_seqs is not None and self.max_decode_seqs >= self.max_num_seqs:
+            raise ValueError(
+                f"max_decode_seqs ({self.max_decode_seqs}) is not below max_num_seqs ({self.max_num_seqs}), so it"
+                " limits nothing; lower it, or raise max_num_seqs"
+            )
+        self._check_batching()
         if self.expert_memory is not None:
             parse_budget(self.expert_memory, 1, "expert_memory")
             if self.ep is not None and self.ep > 1:
@@ -276,6 +301,26 @@ class EngineConfig:
                     f"{name} is {value}, which changes nothing with one rank: {why}; leave it out, or use --ep 2 or"
                     " more"
                 )
+
+    def _check_batching(self) -> None:
+        """Raises ValueError for a `batching` that has nothing to choose, or nothing to choose by."""
+        if self.batching == "auto":
+            return
+        if self.max_decode_seqs is None:
+            raise ValueError(
+                f"batching is {self.batching}, and all requests that run decode in every step; leave it out, or set"
+                " --max-decode-seqs"
+            )
+        if self.batching == "affinity":
+            for name, unfit, remedy in (
+                ("expert_memory", None, "set --expert-memory"),
+                ("predictor", "none", "leave --predictor out"),
+            ):
+                if getattr(self, name) == unfit:
+                    raise ValueError(
+                        f"batching is affinity, which goes by the experts that are missing and predicted, and {name} is"
+                        f" {'not set' if unfit is None else unfit}; use --batching order, or {remedy}"
+                    )
 
     def check_several_ranks(self) -> None:
         """Raises ValueError for an option that several ranks do not have. Called where there are known to be."""

@@ -35,6 +35,7 @@ from .attention import PagedAttention
 from .balance import warm_up as planner_warm_up
 from .config import EngineConfig, format_size
 from .cpu_linear import use_small_row_kernels
+from .decode_batching import ExpertAware, decode_figures, picker_for
 from .expert_files import ExpertUnreadable
 from .grammar import GrammarCompiler
 from .group import RankGroup, RankLost
@@ -124,7 +125,9 @@ class Engine:
             self._parallel.share_memory(self._free)
         self._sharing = sharing
         self._pool = BlockPool(num_blocks, config.block_size, config.prefix_cache)
-        self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_batched_tokens)
+        top_k = max((layer.top_k for layer in self.spec.experts), default=0)
+        self._picker = picker_for(config, self._offload, top_k, seat.group.size if seat else 1)
+        self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_batched_tokens, self._picker)
         self._eos_ids = _eos_ids(path, blueprint.model.config)
         self._grammars: GrammarCompiler | None = None
         self._path = path
@@ -273,7 +276,10 @@ class Engine:
                 self._counts_LE.copy_(counts_LE)  # its tokens will be counted when it is done again
             raise
         finally:
-            self.progress.step_ns += time.monotonic_ns() - started
+            ns = time.monotonic_ns() - started
+            self.progress.step_ns += ns
+            if isinstance(self._picker, ExpertAware):
+                self._picker.end_step(ns)
 
     def _step(self) -> list[TokenDelta]:
         step = self._scheduler.schedule()
@@ -319,6 +325,7 @@ class Engine:
         counted: dict[str, Any] = {f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()}
         counted |= self._parallel.figures() if self._parallel else {}
         counted |= self._offload.figures() if self._offload else {}
+        counted |= decode_figures(self._picker) if self._picker else {}
         return Stats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),

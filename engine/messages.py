@@ -280,7 +280,8 @@ class Stats:
     (each token once per distinct other rank); `sent_bytes` all bytes that dispatch and combine sent; `moved_bytes`
     those of expert weights that the placement moved. What begins with `balance_` is about layers that were planned
     (`balance.BalanceFigures`). What begins with `expert_` but the counts is the expert store's (`store.StoreFigures`);
-    `expert_resident_bytes` is a gauge. The times are what one of several ranks spent in each part of its steps
+    `expert_resident_bytes` is a gauge. What begins with `decode_` is about steps that had no room for all that could
+    decode (`decode_batching`). The times are what one of several ranks spent in each part of its steps
     (`progress.PHASES`), and in steps altogether. `predictors` has for each predictor of routing the fields of
     `predict.meter.Measured`, which is of late rather than since the start.
     """
@@ -330,6 +331,10 @@ class Stats:
     expert_ahead_bytes: int = 0
     expert_ahead_used_bytes: int = 0
     expert_wait_ns: int = 0
+    decode_chosen: int = 0
+    decode_passed_over: int = 0
+    decode_regrouped: int = 0
+    decode_saved_ns: int = 0
     attention_ns: int = 0
     plan_ns: int = 0
     dispatch_ns: int = 0

@@ -154,7 +154,7 @@ class CheckpointSource:
         self._pools = pools
         buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
         self._readers = Readers(host or files, buffers, threads=size.readers)
-        self._nbytes_LE = [
+        self.nbytes_LE = [
             [sum(extent.nbytes for extent in files.extents(layer, expert)) for expert in range(experts)]
             for layer, experts in enumerate(files.num_experts_L)
         ]
@@ -174,7 +174,7 @@ class CheckpointSource:
         self._readers.abandon(read)
 
     def nbytes(self, layer: int, expert: int) -> int:
-        return self._nbytes_LE[layer][expert]
+        return self.nbytes_LE[layer][expert]
 
     def close(self, timeout_s: float) -> None:
         self._readers.close(timeout_s)

@@ -41,6 +41,9 @@ _COUNTERS = (
     ("expert_ahead_ready", "moe_expert_ahead_ready", "Missing experts that had been read by then."),
     ("expert_ahead_bytes", "moe_expert_bytes_ahead", "Bytes of experts read ahead of the router's choice."),
     ("expert_ahead_used_bytes", "moe_expert_bytes_ahead_used", "Those of experts that the router then chose."),
+    ("decode_chosen", "decode_steps_chosen", "Steps in which not all requests that could decode did."),
+    ("decode_passed_over", "decode_passed_over", "How often a request was passed over by such a step."),
+    ("decode_regrouped", "decode_steps_regrouped", "Such steps that were not in order, to share missing experts."),
 )
 
 
@@ -135,6 +138,8 @@ class Metrics:
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.")
         self._resident = self._gauge("moe_expert_resident_bytes", "Bytes of experts in --expert-memory's slots.")
         self._counters = [(name, self._counter(metric, text), 1.0) for name, metric, text in _COUNTERS]
+        saved = "Time that regrouped steps save over those in order, by the model."
+        self._counters.append(("decode_saved_ns", self._counter("decode_saved_seconds", saved), 1e-9))
         phases = self._counter(
             "step_phase_seconds", "Where the steps of several ranks spent their time; wait is for other ranks.", "phase"
         )

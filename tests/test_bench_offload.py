@@ -9,6 +9,7 @@ from torch import nn
 
 from moeyard.__main__ import main
 from moeyard.bench.forced_routing import ForcedRouting
+from moeyard.engine.predict.base import Rows
 
 TINY = (
     "--layers 2 --experts 8 --top-k 2 --hidden 64 --expert-width 32 --vocab 300 --repeats 1 --requests 2 --input 6"
@@ -23,6 +24,21 @@ class TinyTopKRouter(nn.Module):
         return logits_TE, top.values, top.indices
 
 
+class SmallEngine:
+    """Runs the routers of a model as a step of an engine."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self, spans):
+        """What each router chose, for rows from one place of a request's tokens, by request."""
+        rows = [Rows(request_id=name, first=0, token_ids=[0] * n, start=at) for name, (at, n) in spans.items()]
+        return self._run_batch(None, rows)
+
+    def _run_batch(self, batch, rows):
+        return [router(torch.randn(sum(len(row.token_ids) for row in rows), 8))[2].tolist() for router in self.model]
+
+
 def test_ids_are_the_traces_and_weights_the_routers():
     model = nn.ModuleList([TinyTopKRouter(), TinyTopKRouter()])
     topk = np.random.default_rng(0).permuted(np.tile(np.arange(5), (40, 2, 1)), axis=2)[:, :, :2]
@@ -35,9 +51,12 @@ def test_ids_are_the_traces_and_weights_the_routers():
         for layer, router in enumerate(model):
             _, weights, ids = router(x)
             assert ids.tolist() == topk[rows, layer].tolist()
-            probabilities = x[:, :5].softmax(-1).gather(1, ids)
-            ordered = probabilities.sort(dim=-1, descending=True).values  # the trace's order is the router's
-            torch.testing.assert_close(weights, ordered / ordered.sum(1, keepdim=True))
+            probabilities = x[:, :5].softmax(-1).gather(1, ids).sort(1, descending=True).values
+            torch.testing.assert_close(weights, probabilities / probabilities.sum(1, keepdim=True))
+    engine = SmallEngine(model)
+    forced.follow(engine, {"a": 3, "b": 20, "c": 30})
+    for step, rows in (({"b": (0, 2)}, [20, 21]), ({"a": (0, 1), "c": (4, 3)}, [3, 34, 35, 36]), ({"c": (7, 1)}, [37])):
+        assert engine.step(step) == [topk[rows, layer].tolist() for layer in range(2)]
     with pytest.raises(ValueError, match="a step of 3 tokens"):
         model[0](torch.randn(3, 8))
     with pytest.raises(ValueError, match="the trace has 1 layers"):

@@ -157,7 +157,7 @@ def test_of_a_long_chunk_the_end_counts(model: NextUse) -> None:
 
 
 def test_a_batch_is_the_sum_of_its_sequences(model: NextUse) -> None:
-    """Which come, go, and are chunks and single tokens in one step."""
+    """Which come, go, and are chunks and single tokens in one step; also of those that are not in it."""
     live = LiveNextUse(model, sequences=4)
     topk = {name: tokens(seed, 30) for seed, name in enumerate("abcdef")}
     plan = [
@@ -165,25 +165,27 @@ def test_a_batch_is_the_sum_of_its_sequences(model: NextUse) -> None:
         {"a": (7, 1), "b": (0, 1), "c": (0, 4)},
         {"b": (1, 1), "a": (8, 1), "c": (4, 1)},
         {"c": (5, 1), "d": (0, 2), "a": (9, 1)},
-        {"d": (2, 1), "e": (0, 3), "f": (0, 1)},  # e or f takes the place of b, which waits longest
+        {"d": (2, 1), "e": (0, 3), "f": (0, 1)},  # take the places of b and c, which wait longest
         {"d": (3, 1), "e": (3, 1), "f": (1, 1)},
     ]
-    for step in plan:
+    waits: list[dict[str, int]] = [{}, {}, {}, {"b": 2}, {"a": 10}, {"a": 10}]
+    for step, waiting in zip(plan, waits, strict=True):
+        others = np.zeros((LAYERS, EXPERTS)) + sum(settled(model, topk[name][:n]) for name, n in waiting.items())
         live.begin_step(rows(**step))
         ids_TLK = np.concatenate([topk[name][start : start + count] for name, (start, count) in step.items()])
         want = np.sum([settled(model, topk[name][:start]) for name, (start, _) in step.items()], axis=0)
-        close(live.future(), want)
+        close(live.future(), want + others)
         for layer in range(LAYERS):
             live.routed(layer, ids_TLK[:, layer])
             want[layer] = 0
             for name, (start, count) in step.items():
                 want[layer] += row_in_step(model, topk[name][:start], topk[name][start : start + count], layer)
-            close(live.future(), want)
+            close(live.future(), want + others)
         live.end_step()
         after = [settled(model, topk[name][: start + count]) for name, (start, count) in step.items()]
-        close(live.future(), np.sum(after, axis=0))
+        close(live.future(), np.sum(after, axis=0) + others)
     live.forget("d")
-    close(live.future(), settled(model, topk["e"][:4]) + settled(model, topk["f"][:2]))
+    close(live.future(), others + settled(model, topk["e"][:4]) + settled(model, topk["f"][:2]))
     live.forget("never seen")
 
 
@@ -243,6 +245,26 @@ def test_chances_within_the_step_are_those_of_the_recording(with_next_token: Nex
                     close(live.upcoming(layer), want(t, layer, layer - routed), atol=1e-5)
         live.end_step()
         assert live.upcoming(0) is None
+
+
+def test_the_next_token_of_each_sequence(with_next_token: NextUse) -> None:
+    """Also of one that is not in every step."""
+    model, (one, two) = with_next_token, (walks(13, 8), walks(14, 8))
+    live, found = LiveNextUse(model), with_next_token.next_token
+    assert found is not None and live.next_of("a") is None
+
+    def known(name: str, topk: np.ndarray, t: int) -> None:
+        scores = model.scores(topk, np.array([0]))
+        want_LE = np.concatenate([found.chances(layer, 0, topk, scores, np.array([t])) for layer in range(LAYERS)])
+        close(live.next_of(name), want_LE, atol=1e-5)
+
+    run(live, rows(a=(0, 3), b=(0, 2)), np.concatenate([one[:3], two[:2]]))
+    for t in range(3, 7):
+        known("a", one, t)
+        known("b", two, 2)
+        run(live, rows(a=(t, 1)), one[t : t + 1])
+    live.forget("a")
+    assert live.next_of("a") is None and LiveNextUse(dataclasses.replace(model, next_token=None)).next_of("b") is None
 
 
 def test_chances_of_several_tokens(with_next_token: NextUse) -> None:

@@ -70,6 +70,23 @@ PLAN = [
 ]
 
 
+def test_the_next_token_of_each_sequence() -> None:
+    """Its own rates when it ran last, also of one that is not in every step."""
+    live, (one, two) = DecayedCounts(LAYERS, EXPERTS), (tokens(3, 9), tokens(4, 2))
+    assert live.next_of("a") is None
+    run(live, rows(a=(0, 3), b=(0, 2)), np.concatenate([one[:3], two]))
+    all_TLE = used(np.concatenate([one[:3], two]))
+    want = [rate(used(two)[:, layer], all_TLE[:, layer]) for layer in range(LAYERS)]
+    close(live.next_of("b"), np.stack(want))
+    for t in range(3, 9):
+        run(live, rows(a=(t, 1)), one[t : t + 1])
+    close(live.next_of("b"), np.stack(want))
+    all_TLE = np.concatenate([all_TLE, used(one[3:])])
+    close(live.next_of("a"), np.stack([rate(used(one)[:, layer], all_TLE[:, layer]) for layer in range(LAYERS)]))
+    live.forget("a")
+    assert live.next_of("a") is None
+
+
 @pytest.mark.parametrize("kind", [DecayedCounts, Coactivation])
 def test_counts_are_rates_of_the_sequences_and_of_all_text(kind: type[DecayedCounts]) -> None:
     live = kind(LAYERS, EXPERTS)
@@ -78,6 +95,7 @@ def test_counts_are_rates_of_the_sequences_and_of_all_text(kind: type[DecayedCou
     ids = {name: tokens(seed, 20) for seed, name in enumerate("abc")}
     everything = np.zeros((0, LAYERS, EXPERTS))
     to_future = 1 / (1 - 2 ** (-1 / 3))
+    last: dict[tuple[str, int], np.ndarray] = {}
     for number, step in enumerate(PLAN):
         live.begin_step(rows(**step))
         if number:
@@ -93,12 +111,12 @@ def test_counts_are_rates_of_the_sequences_and_of_all_text(kind: type[DecayedCou
         for layer in range(LAYERS):
             live.routed(layer, ids_TLK[:, layer])
             assert live.upcoming(layer) is None
-            each = [
-                rate(streams[name][: start + count, layer], everything[:, layer])
-                for name, (start, count) in step.items()
-            ]
+            for name, (start, count) in step.items():
+                last[name, layer] = rate(streams[name][: start + count, layer], everything[:, layer])
             found = live.future()
             assert found is not None
+            # Also of those that are not in the step, as they were
+            each = [rates_E for (_, of), rates_E in last.items() if of == layer]
             close(found[layer], to_future * np.sum(each, axis=0), atol=1e-4)
         live.end_step()
     before = live.future()

@@ -61,7 +61,14 @@ class Predictor:
         return None
 
     def future(self) -> Floats | None:
-        """[L, E] discounted uses of each expert after this step (see `NextUse`), summed over the sequences that run;
-        asked after `routed`, while the step runs, and after `end_step`. Larger is wanted more or sooner.
+        """[L, E] discounted uses of each expert after this step (see `NextUse`), summed over the sequences that run,
+        also those that are not in this step; asked after `routed`, while the step runs, and after `end_step`. Larger is
+        wanted more or sooner.
+        """
+        return None
+
+    def next_of(self, request_id: str) -> Floats | None:
+        """[L, E] how probable it is that a sequence's next token uses each expert, 0 to 1; asked between steps, also
+        about sequences that were not in the last one.
         """
         return None

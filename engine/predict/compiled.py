@@ -178,3 +178,41 @@ def chances(
             chance = chance_B[below] + (place - below) * (chance_B[below + 1] - chance_B[below])
             unused_E[e] *= (1 - chance) ** (end - first)
     return 1 - unused_E
+
+
+@njit(cache=True)
+def next_chances(
+    place: int,
+    rank_K: Array,
+    mean_LE: Array,
+    scores_SLE: Array,
+    last_SLE: Array,
+    weight_LFE: Array,
+    bias_LE: Array,
+    point_B: Array,
+    chance_B: Array,
+) -> Array:
+    """[L, E] how probable it is that the next token of the sequence at `place` uses each expert: `chances` of all
+    layers before the step.
+    """
+    layers, experts = bias_LE.shape
+    found_LE = np.empty((layers, experts), dtype=np.float32)
+    row_R3 = np.array([[place, 0, 1]])
+    new_R = np.zeros(1, dtype=np.bool_)
+    for layer in range(layers):
+        found_LE[layer] = chances(
+            layer,
+            layer,
+            -1,
+            row_R3,
+            new_R,
+            rank_K,
+            mean_LE[layer],
+            scores_SLE,
+            last_SLE,
+            weight_LFE[layer],
+            bias_LE[layer],
+            point_B,
+            chance_B,
+        )
+    return found_LE

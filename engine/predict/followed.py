@@ -44,6 +44,12 @@ class Followed:
     def place_R(self) -> Array:
         return self.row_R3[:, 0]
 
+    @property
+    def others(self) -> list[int]:
+        """Places of sequences that are not in the step."""
+        here = set(self.place_R.tolist())
+        return [place for place in self._place.values() if place not in here]
+
     def begin(self, rows: Sequence[Rows]) -> None:
         """A step begins. What is kept at the places of new sequences is someone else's."""
         first: dict[str, Rows] = {}
@@ -69,6 +75,10 @@ class Followed:
         if len(ids_TK) >= self._end:
             return ids_TK
         return np.concatenate([ids_TK, np.full((self._end - len(ids_TK), ids_TK.shape[1]), -1)])
+
+    def place_of(self, request_id: str) -> int | None:
+        """Where a sequence is kept, of this step or an earlier one."""
+        return self._place.get(request_id)
 
     def forget(self, request_id: str) -> bool:
         """Frees its place. False for a sequence that has none."""

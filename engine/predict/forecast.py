@@ -12,7 +12,7 @@ import torch
 
 from ..readers import Priority
 from ..store import Want
-from .base import Floats, Rows
+from .base import Floats, Predictor, Rows
 from .meter import Meter
 
 
@@ -43,36 +43,42 @@ class Forecast:
         self.meters = [*trained, *others]
         self._trained = list(trained)
         self._by_name = {meter.name: meter for meter in self.meters}
+        self.beside: list[Predictor] = []
+        """Are told the same, and asked by `next_of` alone, after the others."""
         self._layers = layers
         self._least = least_chance
         self._depth = depth
         self._none_LE: Floats = np.zeros((layers, experts), dtype=np.float32)
         self._running = False
 
+    @property
+    def _all(self) -> list[Predictor]:
+        return [*self.meters, *self.beside]
+
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """No rows: nothing is predicted in this step."""
         self._running = bool(rows)
         if self._running:
-            for meter in self.meters:
-                meter.begin_step(rows)
+            for predictor in self._all:
+                predictor.begin_step(rows)
 
     def routed(self, layer: int, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """A router has chosen: ids in any order with their weights, -1 for none."""
-        if not self.meters or not self._running:
+        if not self._all or not self._running:
             return
         worth_TK = weights_TK.float().masked_fill(ids_TK < 0, -torch.inf)
         sorted_TK = ids_TK.gather(-1, worth_TK.argsort(dim=-1, descending=True, stable=True)).cpu().numpy()
-        for meter in self.meters:
-            meter.routed(layer, sorted_TK)
+        for predictor in self._all:
+            predictor.routed(layer, sorted_TK)
 
     def end_step(self) -> None:
         if self._running:
-            for meter in self.meters:
-                meter.end_step()
+            for predictor in self._all:
+                predictor.end_step()
 
     def forget(self, request_id: str) -> None:
-        for meter in self.meters:
-            meter.forget(request_id)
+        for predictor in self._all:
+            predictor.forget(request_id)
 
     def heard(self, by: str, nbytes: int, used: bool) -> None:
         """What became of bytes that were read ahead."""
@@ -87,6 +93,11 @@ class Forecast:
         if not found:
             return self._none_LE
         return found[0] if len(found) == 1 else sum(found[1:], found[0]) / np.float32(len(found))
+
+    def next_of(self, request_id: str) -> Floats | None:
+        """[L, E] of a sequence's next token, by the first who knows; None while nobody does."""
+        found = (predictor.next_of(request_id) for predictor in self._all)
+        return next((chance_LE for chance_LE in found if chance_LE is not None), None)
 
     def wants(self, layer: int) -> Iterator[Want]:
         """What the layers after one will probably need: the next layer first, in each the most probable first."""

@@ -51,6 +51,8 @@ class DecayedCounts(Predictor):
         self._tokens_SLH = np.zeros((sequences, layers, len(HALF_LIVES)))
         self._rate_SLE = np.zeros((sequences, layers, experts), dtype=np.float32)
         self._total_LE = np.zeros((layers, experts), dtype=np.float32)
+        self._others_LE = np.zeros_like(self._total_LE)
+        """Of sequences that are followed and not in the step."""
         self._used_LE = np.zeros((layers, experts), dtype=np.float32)
         """By all sequences."""
         self._tokens_L = np.zeros(layers)
@@ -94,6 +96,7 @@ class DecayedCounts(Predictor):
 
     def _sum(self) -> None:
         self._total_LE[:] = self._rate_SLE[self._followed.place_R].sum(0)
+        self._others_LE[:] = self._rate_SLE[self._followed.others].sum(0)
 
     def forget(self, request_id: str) -> None:
         if self._followed.forget(request_id):
@@ -106,10 +109,17 @@ class DecayedCounts(Predictor):
         return any_of(self._rates(layer), self._followed.row_R3)
 
     def future(self) -> Floats | None:
-        """As if the rates would stay. None while no sequence is followed."""
+        """As if the rates would stay, also of those that wait for their turn. None while no sequence of the step is
+        followed.
+        """
         if not len(self._followed):
             return None
-        return self._total_LE / np.float32(1 - 2.0 ** (-1.0 / FUTURE_HALF_LIFE))
+        return (self._total_LE + self._others_LE) / np.float32(1 - 2.0 ** (-1.0 / FUTURE_HALF_LIFE))
+
+    def next_of(self, request_id: str) -> Floats | None:
+        """Its rates after its last token. None for a sequence that is not followed."""
+        place = self._followed.place_of(request_id)
+        return None if place is None else self._rate_SLE[place].copy()
 
 
 class Coactivation(DecayedCounts):

@@ -242,6 +242,10 @@ class Meter(Predictor):
             self._future_LE = future_LE.copy()
         return future_LE
 
+    def next_of(self, request_id: str) -> Floats | None:
+        """Asked between steps, for other ends than reading: it does not count here."""
+        return self.predictor.next_of(request_id) if self._told else None
+
     def routed(self, layer: int, ids_TK: Array) -> None:
         if self._compares:
             self._compare(layer, ids_TK)

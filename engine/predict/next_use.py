@@ -14,7 +14,7 @@ from ..next_token import POINTS
 from ..next_use import NextUse
 from ..routing_history import PRIOR_TOKENS, RATE_HALF_LIVES, rank_weights
 from .base import Array, Floats, Predictor, Rows
-from .compiled import chances, route, score_all, score_layer
+from .compiled import chances, next_chances, route, score_all, score_layer
 from .followed import Followed
 
 SEQUENCES = 32
@@ -26,8 +26,8 @@ class LiveNextUse(Predictor):
 
     Before a layer has been routed its row is the prediction after the token before. From then on its row is exact in
     the rates of its own layer and in all that layers up to it say; for the layers after it stand the experts of the
-    last token that is known there. After the step all rows are exact: `NextUse.scores`, summed over the sequences of
-    the step. Rows of a chunk count like tokens one by one.
+    last token that is known there. After the step all rows are exact: `NextUse.scores`, summed over the sequences
+    of the step and those that have been in an earlier one and not ended. Rows of a chunk count like tokens one by one.
 
     With a model that has a `next_token` it also knows how probable the step's experts are, from the scores after the
     token before and from the layers that the token has been through.
@@ -54,6 +54,8 @@ class LiveNextUse(Predictor):
         self._own_SLE = np.zeros((sequences, layers, experts), dtype=np.float32)
         self._scores_SLE = np.zeros_like(self._own_SLE)
         self._total_LE = np.zeros((layers, experts), dtype=np.float32)
+        self._others_LE = np.zeros_like(self._total_LE)
+        """Of sequences that are followed and not in the step."""
         self._rank_K = rank_weights(1)
         self._waiting: set[int] = set()
         """Layers of the running step that have not been routed."""
@@ -75,7 +77,7 @@ class LiveNextUse(Predictor):
         self._tokens_SH[place_R] = self._tokens_SH[place_R] * faded_RH + (1 - faded_RH) / (1 - self._decay_H)
         self._before_SN[place_R] = self._coming_SN[place_R]
         self._coming_SN[place_R] = 0
-        self._total_LE[:] = self._scores_SLE[place_R].sum(0)
+        self._sum()
         self._waiting = set(range(self.model.layers))
         self._routed = -1
 
@@ -129,11 +131,15 @@ class LiveNextUse(Predictor):
 
     def forget(self, request_id: str) -> None:
         if self._followed.forget(request_id):
-            self._total_LE[:] = self._scores_SLE[self._followed.place_R].sum(0)
+            self._sum()
+
+    def _sum(self) -> None:
+        self._total_LE[:] = self._scores_SLE[self._followed.place_R].sum(0)
+        self._others_LE[:] = self._scores_SLE[self._followed.others].sum(0)
 
     def future(self) -> Floats | None:
-        """None while no sequence is followed."""
-        return self._total_LE.copy() if len(self._followed) else None
+        """Also of those that wait for their turn. None while no sequence of the step is followed."""
+        return self._total_LE + self._others_LE if len(self._followed) else None
 
     def upcoming(self, layer: int) -> Floats | None:
         """None for a layer that has been routed, while no sequence is followed, and without a `next_token`."""
@@ -158,4 +164,21 @@ class LiveNextUse(Predictor):
             found.bias_DLE[ahead, layer],
             POINTS,
             found.chance_DB[ahead],
+        )
+
+    def next_of(self, request_id: str) -> Floats | None:
+        """None for a sequence that is not followed, and without a `next_token`."""
+        found, place = self.model.next_token, self._followed.place_of(request_id)
+        if found is None or place is None:
+            return None
+        return next_chances(
+            place,
+            self._rank_K,
+            found.mean_LE,
+            self._scores_SLE,
+            self._last_SLE,
+            found.weight_DLFE[0],
+            found.bias_DLE[0],
+            POINTS,
+            found.chance_DB[0],
         )

@@ -28,8 +28,8 @@ class Choice:
 
 
 def choose(ready: Ready, ways: tuple[str, ...] = tuple(WAYS)) -> Choice:
-    """The schedule with the shortest waits, of those that take less time than the order of service and whose waits are
-    not longer: what the rows that come sooner gain must be at least what the delayed ones lose. In order wins ties.
+    """The best schedule of those that take less time than the order of service, and add no more to the waits than they
+    save: who comes later loses once, and all rows' next tokens come sooner by what is saved. In order wins ties.
 
     Where all rows fit into one step they run: experts that two steps share are then read once, and no split is better.
     """
@@ -38,10 +38,14 @@ def choose(ready: Ready, ways: tuple[str, ...] = tuple(WAYS)) -> Choice:
     if len(in_order) < 2:
         return _choice(ready, in_order, "in-order", known, known)
     best, best_way, best_times = in_order, "in-order", known
+
+    def cost(times: tuple[int, int]) -> tuple[int, int]:
+        return times[1] + ready.rows * times[0], times[0]
+
     for way in ways:
         schedule = WAYS[way](ready)
         times = _judged(ready, schedule)
-        if times[0] < known[0] and times[1] <= known[1] and times[::-1] < best_times[::-1]:
+        if times[0] < known[0] and cost(times) < cost(best_times):
             best, best_way, best_times = schedule, way, times
     return _choice(ready, best, best_way, best_times, known)
 
