@@ -102,7 +102,7 @@ def test_the_moves_are_as_good_as_any(problem: Problem, data: st.DataObject) -> 
     helpers = [p for p in range(problem.ranks) if p != source]
     left, moves = int(problem.tokens_P[source]), []
     for p in helpers:
-        tokens = data.draw(st.integers(0, left))
+        tokens = data.draw(st.integers(0, min(left, int(problem.most_rows_P[p]))))  # it has memory for no more
         left -= tokens
         moves += [SharedMove(source, p, tokens)] if tokens else []
     other = max(rank_times(problem, replace(start, shared=tuple(moves))))
