@@ -226,7 +226,7 @@ class Bench:
             misses = statistics.median([c.get("expert_misses", 0) / steps for c in counted])
             read = statistics.median([c.get("expert_read_bytes", 0) / steps for c in counted])
             if name in ours[2:]:
-                bound[name] = max(read / rate, step["resident"]) / step[name]
+                bound[name] = max(misses * expert_bytes / rate, step["resident"]) / step[name]
             rows.append(
                 [
                     name,

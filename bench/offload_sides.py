@@ -36,8 +36,23 @@ class OffloadedSide(MoeyardSide):
         """Also `decode_s`, from the first token of all requests to the last, and the store's counters over it."""
         if self._routing is not None:
             self._routing.start(starts, workload["input_len"])
-        before = self.counters()
-        answer = super().turn(workload, prompts, routing)
+        step, before = self._engine.step, self.counters()
+        begun: set[str] = set()
+
+        def counting() -> Any:
+            nonlocal before
+            deltas = step()
+            if len(begun) < len(prompts):
+                begun.update(delta.request_id for delta in deltas if delta.token_ids)
+                if len(begun) == len(prompts):  # what prompts have read does not count
+                    before = self.counters()
+            return deltas
+
+        self._engine.step = counting  # type: ignore[method-assign]
+        try:
+            answer = super().turn(workload, prompts, routing)
+        finally:
+            self._engine.step = step  # type: ignore[method-assign]
         after = self.counters()
         stamps = answer["stamps"]
         answer["decode_s"] = max(s[-1] for s in stamps) - max(s[0] for s in stamps)

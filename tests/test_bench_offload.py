@@ -111,7 +111,7 @@ def test_every_side_runs(tmp_path, capsys):
     assert wanted <= set(report["figures"])
     samples = json.loads(json_file.read_text())["samples"]
     counters = {name: turns[0]["counters"] for name, turns in samples.items()}
-    touched = 2 * 2 * 2 * 4  # at most: layers, requests, experts each, steps with tokens of the prompt among them
+    touched = 2 * 2 * 2  # at most in a step of decoding: layers, requests, experts each
     assert counters["50 %"]["expert_misses"] > 0 and counters["20 %"]["expert_misses"] > 0
-    assert counters["20 %"]["expert_misses"] + counters["20 %"]["expert_hits"] <= touched * 6
+    assert counters["20 %"]["expert_misses"] + counters["20 %"]["expert_hits"] <= touched * 3
     assert counters["resident"]["expert_misses"] == 0
