@@ -66,11 +66,6 @@ def disk_constants(files: ExpertFiles, *, force: bool = False, progress: bool = 
     return made
 
 
-def reads_in_flight(files: ExpertFiles, *, progress: bool = False) -> int:
-    """How many experts to read at the same time, by what was measured of these files' disk, now if not before."""
-    return disk_constants(files, progress=progress).values.best
-
-
 def key_of(files: ExpertFiles) -> dict[str, Any]:
     """The machine and the disk, and what is read for an expert of the first layer."""
     reader = files.readers[0]

@@ -18,7 +18,7 @@ from moeyard.engine import measure_disk as measure_disk_module
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.expert_files import BLOCK, PIECE_BYTES, ExpertFiles
 from moeyard.engine.loader import draw
-from moeyard.engine.measure_disk import IN_FLIGHT, disk_constants, disk_of, measure_disk, reads_in_flight
+from moeyard.engine.measure_disk import IN_FLIGHT, disk_constants, disk_of, measure_disk
 from moeyard.engine.offload import plan_offload
 from moeyard.scheduler.cost import LinkCost
 from moeyard.scheduler.offload_cost import DiskCost
@@ -101,7 +101,7 @@ def test_reads_in_flight_are_the_best_number_measured(files: ExpertFiles, monkey
         reads = {n: LinkCost(0 if n == best else 10**9, 10) for n in IN_FLIGHT}
         constants.forget("disk")
         constants.save("disk", key, DiskCost(reads=reads, sequential_fs_per_byte=1, expert_bytes=9), {})
-        assert reads_in_flight(files) == best
+        assert disk_constants(files).values.best == best
 
 
 def test_a_start_reads_as_many_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

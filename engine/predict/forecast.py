@@ -120,7 +120,7 @@ class Forecast:
     def _ask(self, layer: int, every: bool) -> tuple[str, Floats | None]:
         """The best one's word; `every` asks all where their words are compared, so that it is known who that is."""
         best: tuple[str, Floats | None] = ("", None)
-        for meter in sorted(self.meters, key=lambda m: -(m.measured().recall_k or 0.0)):
+        for meter in sorted(self.meters, key=lambda m: -m.recall):
             if best[1] is not None and not (every and meter.compares):
                 break
             if meter.reads and (chance_E := meter.upcoming(layer)) is not None and best[1] is None:

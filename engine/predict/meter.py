@@ -199,6 +199,11 @@ class Meter(Predictor):
         """Whether what it says in this step is compared with what the routers choose."""
         return self._compares
 
+    @property
+    def recall(self) -> float:
+        """Of late, at k; 0 while nothing was seen. Without the copy that `measured` makes."""
+        return self._measured.recall_k or 0.0
+
     def measured(self) -> Measured:
         return dataclasses.replace(self._measured, on=float(self.on))
 
