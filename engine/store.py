@@ -99,15 +99,21 @@ class _Held:
     want: Want | None = None
 
 
+Choose = Callable[[Sequence[int], Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+"""Of a layer's experts those that are here, those on their way, and those that are missing: which of the last are read,
+in this order, and which are computed elsewhere."""
+
+
 class Visit:
     """A layer's experts in the order in which they run: `experts`, and groups of their places as they become ready.
 
     Each group goes on in `experts` where the last one ended. Its places are the caller's until the next group is asked
-    for.
+    for. `elsewhere` are not among them: the caller said that they are computed somewhere else.
     """
 
-    def __init__(self, experts: Sequence[int], groups: Iterator[list[int]]) -> None:
+    def __init__(self, experts: Sequence[int], groups: Iterator[list[int]], elsewhere: Sequence[int] = ()) -> None:
         self.experts = experts
+        self.elsewhere = elsewhere
         self._groups = groups
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -141,6 +147,10 @@ class ExpertStore:
         self._ahead: list[_Held] = []
         self._in_use: list[_Held] = []
         """Of the layer that runs."""
+        self._later: dict[Place, None] = {}
+        """Who has a slot and was computed elsewhere, in order: they are read when no layer waits for reads."""
+        self._behind: list[_Held] = []
+        """Those of them whose reads have begun, as many as pass through at once."""
         self._leaving: list[_Held] = []
         """Nobody wants them any more, but their reads may still write to their places."""
         self._free = list(reversed(range(size.places)))
@@ -154,6 +164,10 @@ class ExpertStore:
         """[E] whom the policy gives a slot."""
         return self._policy.resident_LE[layer]
 
+    def has(self, layer: int, expert: int) -> bool:
+        """Whether an expert has a place: it is there, or on its way."""
+        return (layer, expert) in self._held
+
     def begin_step(self) -> None:
         """A step of the engine: to the policy, all layers until the next one are of the same time."""
         self.step += 1
@@ -164,18 +178,23 @@ class ExpertStore:
         for held in list(self._held.values()):
             self._drop(held)
         self._in_use.clear()
+        self._later.clear()
+        self._behind.clear()
         while self._leaving:
             self._wait_for_a_place()
         self._policy, self.figures, self.step = policy, StoreFigures(), -1
         self._free.sort(reverse=True)
         self._stays.clear()
 
-    def visit(self, layer: int, experts: Iterable[int], scores_LE: Any = None) -> Visit:
+    def visit(self, layer: int, experts: Iterable[int], scores_LE: Any = None, choose: Choose | None = None) -> Visit:
         """One event: a layer needs these experts. Those that are here run first, then the others as they come.
 
-        `scores_LE` are for a policy that goes by predicted use. The groups raise what the source does, and ExpertLate.
+        `scores_LE` are for a policy that goes by predicted use. With `choose` some of the missing ones are not waited
+        for; those of them that the policy gives a slot are read when the layer has all others. The groups raise what
+        the source does, and ExpertLate.
         """
         self._break_off()
+        self._settle()
         need = sorted(set(experts))
         for held in [h for h in self._ahead if h.at[0] == layer]:
             if held.at[1] not in need or not _fine(held):
@@ -191,21 +210,33 @@ class ExpertStore:
         for held in known:
             if held.want is not None:
                 self._claim(held)
+            elif held.read is not None:
+                self._behind.remove(held)
+                self._source.promote(held.read, Priority.DEMAND)
         self._in_use += known
         here = [held.at[1] for held in known if held.read is None]
         gone = [expert for expert in need if expert not in here]
         # What is on its way comes first, then those that stay.
         gone.sort(key=lambda e: ((layer, e) not in self._held, (layer, e) not in self._stays, e))
-        self.figures.hits += len(decision.hits)
-        self.figures.misses += len(decision.misses)
+        hits = len(set(decision.hits) & set(here))  # who was computed elsewhere may have a slot and not be there yet
+        self.figures.hits += hits
+        self.figures.misses += len(need) - hits
+        elsewhere: Sequence[int] = ()
+        if choose is not None:
+            coming = [expert for expert in gone if (layer, expert) in self._held]
+            missing, elsewhere = choose(here, coming, gone[len(coming) :])
+            gone = [*coming, *missing]
+            self._later |= {(layer, expert): None for expert in elsewhere if (layer, expert) in self._stays}
         waiting = deque((layer, expert) for expert in gone if (layer, expert) not in self._held)
         self._start(waiting)
-        return Visit((*here, *gone), self._groups(layer, here, gone, waiting))
+        return Visit((*here, *gone), self._groups(layer, here, gone, waiting), elsewhere)
 
-    def fetch_ahead(self, wants: Iterable[Want]) -> None:
+    def fetch_ahead(self, wants: Iterable[Want], most: int | None = None) -> None:
         """Reads experts before a router asks for them, those given first before the others, as many as there is room
-        for; what has a smaller chance makes room. They wait for all that a router has asked for.
+        for (`most`, by default `size.ahead`); what has a smaller chance makes room. They wait for all that a router has
+        asked for.
         """
+        most = self.size.ahead if most is None else most
         for want in wants:
             at = want.layer, want.expert
             if (held := self._held.get(at)) is not None:
@@ -214,7 +245,7 @@ class ExpertStore:
                     if held.read is not None:
                         self._source.promote(held.read, want.priority)
                 continue
-            if len(self._ahead) >= self.size.ahead:
+            if len(self._ahead) >= most:
                 least = min(self._ahead, key=_chance, default=None)
                 if least is None or _chance(least) >= want.chance:
                     continue
@@ -252,6 +283,7 @@ class ExpertStore:
             yield [held.place for held in group]
             self._release(group)
             self._start(waiting)
+        self._read_behind()
 
     def _start(self, waiting: deque[Place]) -> None:
         """Begins reads that a layer waits for, as many as there are places."""
@@ -265,9 +297,31 @@ class ExpertStore:
             self._in_use.append(self._read(waiting.popleft()))
         self._account()
 
-    def _read(self, at: Place, want: Want | None = None) -> _Held:
+    def _read_behind(self) -> None:
+        """Begins to read those that were computed elsewhere and stay."""
+        while self._later and self._free and len(self._behind) < self.size.staging:
+            at = next(iter(self._later))
+            del self._later[at]
+            if at in self._stays and at not in self._held:
+                self._behind.append(self._read(at, priority=Priority.BACKGROUND))
+        self._account()
+
+    def _settle(self) -> None:
+        """What became of those that were read behind the layers."""
+        self._behind = [held for held in self._behind if self._held.get(held.at) is held]
+        for held in list(self._behind):
+            assert held.read is not None
+            if held.read.done():
+                self._behind.remove(held)
+                if _fine(held):
+                    self._arrived(held)
+                else:
+                    self._drop(held)
+
+    def _read(self, at: Place, want: Want | None = None, priority: Priority = Priority.DEMAND) -> _Held:
         place = self._free.pop()
-        priority = Priority.DEMAND if want is None else want.priority
+        if want is not None:
+            priority = want.priority
         held = self._held[at] = _Held(at=at, place=place, read=self._source.fetch(*at, place, priority), want=want)
         return held
 
