@@ -39,6 +39,7 @@ from .decode_batching import ExpertAware, decode_figures, picker_for
 from .expert_files import ExpertUnreadable
 from .grammar import GrammarCompiler
 from .group import RankGroup, RankLost
+from .host_compute import CpuExpertsFailed
 from .kv_cache import KVCache, Span, StepBatch, make_batch
 from .loader import Blueprint, draw, load
 from .memory import check_weights_fit, free_memory, give_back, kv_blocks
@@ -298,7 +299,7 @@ class Engine:
             logits_BV = self._run(step)
             if self._parallel is not None:
                 self._parallel.settle_reads()
-        except (ExpertUnreadable, ExpertLate, ReadFailed) as error:
+        except (ExpertUnreadable, ExpertLate, CpuExpertsFailed, ReadFailed) as error:
             logger.error("%s; %d requests of this step end with it", error, len(step.tokens))
             return [self._fail(request_id, str(error)) for request_id in step.tokens]
         if self._parallel is not None:

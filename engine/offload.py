@@ -20,26 +20,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..kernels.expert_loop import expert_loop
 from ..scheduler.placement import slots_needed
 from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedNow, default_policy
 from ..scheduler.residency.slots import Budget, Policy
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
 from .expert_files import AlignedBuffer, ExpertFiles
+from .expert_rows import few_rows, many_rows
 from .host_experts import HostExperts, host_budget
 from .measure_disk import disk_constants
+from .miss_ways import MissWays, ways_for
 from .predict.base import Predictor, Rows
 from .predict.choose import Chosen, predictors_for
 from .predict.forecast import Forecast
 from .predict.look_ahead import LookAhead
 from .predict.meter import Meter
 from .readers import Priority, Read, Readers
-from .store import ExpertLate, ExpertStore, Visit
+from .store import READ_TIMEOUT_S, ExpertLate, ExpertStore, Visit
 from .store_size import READS_IN_FLIGHT, StoreSize, share_out
 
 if TYPE_CHECKING:
     from .experts import ExpertPool
+    from .host_compute import Job
     from .loader import Blueprint
     from .moe import MoELayer
 
@@ -75,6 +77,8 @@ class OffloadPlan:
     """Of the checkpoint's files."""
     host_bytes: int | None = None
     """Of host memory for experts beside the device's; None where the device is the host."""
+    misses: str = "auto"
+    """What becomes of experts that are there and not on the device."""
 
     def policy(self) -> Policy:
         return POLICIES[self.residency](self.budget)
@@ -97,6 +101,10 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
     if on_cpu and config.host_memory is not None:
         raise ValueError(
             f"host_memory is {config.host_memory}, and on a CPU that is what --expert-memory sets; leave it out"
+        )
+    if on_cpu and config.misses != "auto":
+        raise ValueError(
+            f"misses is {config.misses}, and on a CPU missing experts are read and computed in one place; leave it out"
         )
     own = [spec.num_experts for spec in specs]
     if ranks > 1:
@@ -138,6 +146,7 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         predictors=predictors,
         read_ns_per_byte=1e9 / disk.bytes_per_s,
         host_bytes=host_bytes,
+        misses=config.misses,
     )
 
 
@@ -201,6 +210,7 @@ class Offload:
         host = None
         if plan.host_bytes is not None:
             host = HostExperts(files, pools, plan.host_bytes, plan.size.readers, own=own, progress=progress)
+        self.ways = None if host is None else ways_for(plan.misses, layers, host, blueprint.model, progress=progress)
         self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
         chosen = plan.predictors
@@ -224,9 +234,9 @@ class Offload:
             plan.budget.experts,
             least_chance=LEAST_CHANCE,
         )
-        self.store.heard = self.forecast.heard
+        self.store.heard = self._heard
         for number, layer in enumerate(layers):
-            layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number)
+            layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number, self.ways)
 
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step of the engine, with these sequences' tokens."""
@@ -234,15 +244,24 @@ class Offload:
         self.forecast.begin_step(rows)
         self.store.fetch_ahead(self.forecast.wants(-1))
 
+    def _heard(self, by: str, nbytes: int, used: bool) -> None:
+        self.forecast.heard(by, nbytes, used)
+        if self.ways is not None:
+            self.ways.heard(by, used)
+
     def forget(self) -> None:
         """Empties the store, as after the start: the warm-up is over."""
         if self._look_ahead is not None:
             self._look_ahead.settle()
         self.store.forget(self.plan.policy())
+        if self.ways is not None:
+            self.ways.forget()
 
     def close(self) -> None:
-        """Ends reading. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
-        self.store.close()
+        """Ends reading, and what the CPU computes. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
+        ended = self.ways is None or self.ways.compute.close(READ_TIMEOUT_S)
+        if self.store.close() and ended and self.source.host is not None:
+            self.source.host.close()
 
     def figures(self) -> dict[str, Any]:
         """The fields of `Stats` that are about the store."""
@@ -259,14 +278,17 @@ class Offload:
             "expert_ahead_used_bytes": figures.ahead_used_bytes,
             "expert_wait_ns": figures.waited_ns,
             "predictors": self.forecast.figures(),
-        }
+        } | ({} if self.ways is None else self.ways.counts())
 
 
 class OffloadedLayer:
     """A layer whose experts are in the store, MoE layer `number` of it."""
 
-    def __init__(self, store: ExpertStore, forecast: Forecast, layer: MoELayer, number: int) -> None:
+    def __init__(
+        self, store: ExpertStore, forecast: Forecast, layer: MoELayer, number: int, ways: MissWays | None = None
+    ) -> None:
         self._store = store
+        self._ways = ways
         self._forecast = forecast
         self._layer = layer
         self._number = number
@@ -284,7 +306,7 @@ class OffloadedLayer:
         """Weighted sums [T, D] over the experts of each token; -1 adds nothing. `counts_E` are the experts' rows.
 
         Of several ranks' tokens only what this rank's `experts` add, which have to be there at `deadline` (monotonic).
-        Raises ExpertUnreadable and ExpertLate.
+        Raises ExpertUnreadable, ExpertLate and CpuExpertsFailed.
         """
         layer, counts = self._layer, counts_E.tolist()
         if not any(counts):
@@ -292,14 +314,19 @@ class OffloadedLayer:
         if experts is None:  # of several ranks none sees all tokens that come to its experts
             self._forecast.routed(self._number, ids_TK, weights_TK)
         used = [expert for expert, count in enumerate(counts) if count]
-        visit = self._store.visit(self._number, used, self._forecast.future())
+        choose = None
+        if self._ways is not None:
+            self._ways.begin(self._number, counts)
+            choose = self._ways.chooser(self._number, counts)
+        visit = self._store.visit(self._number, used, self._forecast.future(), choose)
         self._store.fetch_ahead(self._forecast.wants(self._number))
         # Experts are numbered in the order in which they run, so that each group's rows follow each other.
+        order = (*visit.experts, *visit.elsewhere)
         order_E = torch.full(counts_E.shape, -1)
-        order_E[list(visit.experts)] = torch.arange(len(visit.experts))
+        order_E[list(order)] = torch.arange(len(order))
         order_E = order_E.to(ids_TK.device)
         order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
-        starts = [0, *itertools.accumulate(counts[expert] for expert in visit.experts)]
+        starts = [0, *itertools.accumulate(counts[expert] for expert in order)]
         if experts is None:
             few = layer.takes_few_rows(ids_TK.numel(), len(counts))
         else:
@@ -309,13 +336,18 @@ class OffloadedLayer:
             from ..kernels.grouped_linear import combine
             from ..kernels.sort_rows import sort_rows
 
-            rows = sort_rows(order_TK, len(visit.experts))
+            rows = sort_rows(order_TK, len(order))
             self._compute(visit, starts, few, deadline, x_TD, rows.token_R, y_RD)
-            return combine(y_RD, rows.position_TK, weights_TK)
-        local = LocalDispatcher(len(visit.experts))
-        token_R, _, state = local.route(order_TK, weights_TK)
-        self._compute(visit, starts, few, deadline, x_TD, token_R, y_RD)
-        return local.combine(y_RD, state)
+            out_TD = combine(y_RD, rows.position_TK, weights_TK)
+        else:
+            local = LocalDispatcher(len(order))
+            token_R, _, state = local.route(order_TK, weights_TK)
+            self._compute(visit, starts, few, deadline, x_TD, token_R, y_RD)
+            out_TD = local.combine(y_RD, state)
+        if self._ways is not None and experts is None:
+            room = self._store.size.staging - 1
+            self._store.fetch_ahead(self._ways.end(self._number, len(used), room, self._store.has), room)
+        return out_TD
 
     def _compute(
         self,
@@ -327,46 +359,37 @@ class OffloadedLayer:
         token_R: torch.Tensor,
         y_RD: torch.Tensor,
     ) -> None:
-        """Fills `y_RD` as the experts come; those of `visit.experts[i]` are the rows starts[i] to starts[i + 1]."""
-        done = 0
+        """Fills `y_RD` as the experts come; those of `visit.experts[i]` are the rows starts[i] to starts[i + 1], and
+        those computed elsewhere follow.
+        """
+        layer, done = self._layer, 0
+        job = self._begin_elsewhere(visit, starts, few, x_TD, token_R) if visit.elsewhere else None
         for places in visit:
             rows = starts[done : done + len(places) + 1]
             low, high = rows[0], rows[-1]
-            rows_of = self._few_rows if few else self._many_rows
-            y_RD[low:high] = rows_of(x_TD, token_R[low:high], [row - low for row in rows], places)
+            compute = few_rows if few else many_rows
+            y_RD[low:high] = compute(layer, layer.pool, x_TD, token_R[low:high], [row - low for row in rows], places)
             done += len(places)
             if done < len(visit.experts) and time.monotonic() > deadline:
                 raise ExpertLate(
                     f"{len(visit.experts) - done} experts of MoE layer {self._number} were not read in the time for"
                     " which the other ranks wait; raise --collective-timeout, or --expert-memory"
                 )
+        if job is not None:
+            y_RD[starts[done] :].copy_(job.wait(self._store.timeout_s), non_blocking=True)
 
-    def _few_rows(
-        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]
-    ) -> torch.Tensor:
-        from ..kernels.grouped_linear import grouped_gate_up_silu, grouped_linear
-
-        pool = self._layer.pool
-        groups = torch.tensor(starts, dtype=torch.int32), torch.tensor(places, dtype=torch.int32)
-        if self._layer.swiglu:
-            h_RI = grouped_gate_up_silu(x_TD, pool.up_SND, *groups, token_R)
-        else:
-            h_RN = grouped_linear(x_TD, pool.up_SND, *groups, pool.up_bias_SN, token_R)
-            # Expert by expert: torch computes the last elements of a tensor in another way than the first, and what
-            # is last must not depend on who came together.
-            h_RI = torch.cat([self._layer.gate(h_RN[low:high]) for low, high in itertools.pairwise(starts)])
-        return grouped_linear(h_RI, pool.down_SDI, *groups, pool.down_bias_SD)
-
-    def _many_rows(
-        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]
-    ) -> torch.Tensor:
-        pool = self._layer.pool
-
-        def of(tensor: torch.Tensor | None) -> list[torch.Tensor] | None:
-            return None if tensor is None else [tensor[place] for place in places]
-
-        up_GND, down_GDI = of(pool.up_SND), of(pool.down_SDI)
-        assert up_GND is not None and down_GDI is not None
-        counts_G = torch.tensor([high - low for low, high in itertools.pairwise(starts)])
-        biases = of(pool.up_bias_SN), of(pool.down_bias_SD)
-        return expert_loop(x_TD, token_R, counts_G, up_GND, down_GDI, self._layer.gate, *biases)
+    def _begin_elsewhere(
+        self, visit: Visit, starts: Sequence[int], few: bool, x_TD: torch.Tensor, token_R: torch.Tensor
+    ) -> Job:
+        """Gives the CPU what it is to compute beside the device."""
+        assert self._ways is not None
+        rows = starts[len(visit.experts) :]
+        return self._ways.compute.start(
+            self._number,
+            visit.elsewhere,
+            self._ways.slots(self._number, visit.elsewhere),
+            [row - rows[0] for row in rows],
+            x_TD,
+            token_R[rows[0] : rows[-1]],
+            few if self._layer.compiled else None,
+        )

@@ -140,7 +140,7 @@ def test_every_policy_gives_the_same_tokens_and_counts_as_its_replay(residency, 
     assert generate(engine, qwen.ids, NEW_TOKENS) == qwen.expected
     twin = engine._offload.plan.policy()
     assert type(twin) is type(store._policy)
-    decisions = [twin.step(at, experts, Context(step=step, scores_LE=s)) for step, at, experts, s in events]
+    decisions = [twin.step(at, experts, Context(step=step, scores_LE=s)) for step, at, experts, s, _ in events]
     stats = engine.stats(with_experts=False)
     assert stats.expert_hits == sum(len(d.hits) for d in decisions)
     assert stats.expert_misses == sum(len(d.misses) for d in decisions) > 0
