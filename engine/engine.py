@@ -101,7 +101,8 @@ class Engine:
         self._parallel: Parallel | None = None
         self._offload: Offload | None = None
         self._counts_LE: torch.Tensor | None = None
-        _compile(config, seat, self.device.type == "cpu")
+        # The CPU computes experts beside a GPU that has a part of them only.
+        _compile(config, seat, self.device.type == "cpu" or config.expert_memory is not None)
         baseline = psutil.Process().memory_info().rss
         self._experts = self._load(blueprint, seat)
         if self.device.type == "cpu":

@@ -78,6 +78,7 @@ class HostCompute:
         self._layers = layers
         self._pool = pool
         self._thread = ThreadPoolExecutor(1, "moeyard-cpu-experts")
+        self._last: Future[None] | None = None
 
     def start(
         self,
@@ -103,9 +104,10 @@ class HostCompute:
 
     def close(self, timeout_s: float) -> bool:
         """Ends the thread. False if what it computes did not end in time."""
-        last = self._thread.submit(lambda: None)
-        self._thread.shutdown(wait=False, cancel_futures=False)
-        return bool(futures.wait([last], timeout_s).done)
+        if self._last is None:
+            self._last = self._thread.submit(lambda: None)
+            self._thread.shutdown(wait=False)
+        return bool(futures.wait([self._last], timeout_s).done)
 
     def _send(
         self, x_TD: torch.Tensor, token_R: torch.Tensor, rows: int

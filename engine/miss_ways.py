@@ -100,6 +100,8 @@ class MissWays:
         self._ended = (layer, time.monotonic_ns())
         if self._mode == "cpu" or layer + 1 >= len(self._experts_L):
             return
+        if self._gap_ns < self.costs.copy_ns:  # no copy would be made in time, whoever is missing
+            return
         experts = self._experts_L[layer + 1]
         missing = [e for e in range(experts) if not has(layer + 1, e) and (layer + 1, e) in self._host]
         touched = min(touched * experts // self._experts_L[layer], experts)

@@ -105,7 +105,9 @@ def _measure_misses(config: EngineConfig, blueprint: Blueprint, layer: MoELayer,
     from ..engine.measure import few_rows_of
     from ..engine.measure_misses import miss_constants
     from ..engine.moe import MoELayer
+    from ..kernels.warm_up import warm_up
 
+    warm_up()
     pool = HostPool(layer.pool.reader, layer.pool.num_slots, blueprint.device)
     for _ in load_experts(pool, range(pool.num_slots)):
         pass

@@ -96,7 +96,6 @@ def test_missing_experts_are_copied_or_computed_by_the_cpu(host_memory, misses, 
     engine.close()
     assert ours == reference(path, ids, 10)  # the CPU's sums differ in their last bits: no token hangs on that here
     assert record.key["pinned"] and record.values == engine._offload.ways.costs
-    assert stats.expert_on_cpu + stats.expert_copied + stats.expert_ahead >= stats.expert_misses
     assert (stats.expert_on_cpu > 0) == (misses == "cpu") or misses == "auto"
     if misses == "copy" or host_memory == "50%":
         assert stats.expert_copied > 0

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import re
 import threading
+from concurrent.futures import wait
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from moeyard.engine import host_compute, miss_ways, moe, offload
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.host_experts import host_budget
+from moeyard.engine.step_reads import ReadFailed, StepReads
 from moeyard.launch.metrics import Metrics
 from moeyard.scheduler.cost import ExpertCost, LinkCost
 from moeyard.scheduler.misses import MissCosts
@@ -102,9 +104,13 @@ def wanted(case):
 
 def check(engine, case, wanted):
     """The right tokens, and the logits of an engine with all experts in memory: to the bit where their activation is
-    the kernels' own, as torch's differ in the last bit by how many rows they get at once.
+    the kernels' own, as torch's differ in the last bit by how many rows they get at once. What is copied behind the
+    layers is there when the next one begins.
     """
     _, ids, expected = case
+    store = engine._offload.store
+    settle = store._settle
+    store._settle = lambda: (wait([held.read for held in store._behind if held.read], 30), settle())
     tokens, logits = logits_of(engine, ids)
     assert tokens == expected
     tolerance = {"rtol": 0, "atol": 0} if engine._experts.layers[0].swiglu else {"rtol": 1e-4, "atol": 1e-4}
@@ -113,10 +119,14 @@ def check(engine, case, wanted):
 
 
 @pytest.mark.parametrize(
-    ("misses", "costs", "on_cpu"),
-    [("auto", SLOW_LINK, True), ("auto", SLOW_CPU, False), ("cpu", SLOW_CPU, True), ("copy", SLOW_LINK, False)],
+    ("memory", "misses", "costs", "on_cpu"),
+    [
+        ("25%", "auto", SLOW_LINK, True),
+        ("25%", "auto", SLOW_CPU, False),
+        ("6.3%", "cpu", SLOW_CPU, True),
+        ("6.3%", "copy", SLOW_LINK, False),
+    ],
 )
-@pytest.mark.parametrize("memory", ["25%", "6.3%"])
 def test_misses_are_computed_by_the_cpu_or_copied_and_nobody_sees_which(
     memory, misses, costs, on_cpu, case, wanted, make
 ):
@@ -137,6 +147,16 @@ def test_misses_are_computed_by_the_cpu_or_copied_and_nobody_sees_which(
     assert f"moeyard:moe_{one}_total {float(ways[one])}" in text
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", ["gpt_oss"], indirect=True)
+def test_other_types_give_the_same_bits_too(dtype, case, make):
+    path, ids, _ = case
+    runs = [logits_of(make(path, 1.1, costs=costs, dtype=dtype), ids[:2]) for costs in (EVEN, SLOW_LINK, SLOW_CPU)]
+    for tokens, logits in runs[1:]:
+        assert tokens == runs[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(logits, runs[0][1], strict=True))
+
+
 def test_link_and_cpu_share_a_layers_misses(case, wanted, make, monkeypatch):
     engine = make(case[0], 1.1, "6.3%", costs=EVEN, predictor="none", residency="default")
     splits, choose = [], miss_ways.choose_ways
@@ -149,12 +169,14 @@ def test_link_and_cpu_share_a_layers_misses(case, wanted, make, monkeypatch):
     assert len(both) > len(splits) / 2
 
 
+@pytest.mark.parametrize("case", ["deepseek_v3"], indirect=True)
 def test_what_is_not_in_host_memory_is_read_for_the_device(case, wanted, make):
     engine = make(case[0], 0.5, misses="cpu", predictor="none", residency="default")
     stats = check(engine, case, wanted)
     assert stats.expert_on_cpu > 0 and stats.expert_copied > 0
 
 
+@pytest.mark.parametrize("case", ["qwen3_moe"], indirect=True)
 def test_the_next_layer_streams_in_where_a_batch_touches_most_of_it(case, wanted, make):
     fast_link = dataclasses.replace(SLOW_CPU, copy=LinkCost(0, 1))  # what is begun between two layers is there in time
     engine = make(case[0], 1.1, costs=fast_link, predictor="none", residency="default")
@@ -166,6 +188,7 @@ def test_the_next_layer_streams_in_where_a_batch_touches_most_of_it(case, wanted
     assert slow._offload.ways._gap_ns < 10**15 and not check(slow, case, wanted).expert_streamed
 
 
+@pytest.mark.parametrize("case", ["qwen3_moe"], indirect=True)
 def test_an_error_on_the_cpus_thread_is_the_steps(case, make, monkeypatch):
     path, ids, expected = case
     engine = make(path, 1.1, misses="cpu")
@@ -185,6 +208,23 @@ def test_an_error_on_the_cpus_thread_is_the_steps(case, make, monkeypatch):
     assert generate(engine, ids, NEW_TOKENS) == expected
 
 
+def test_of_several_ranks_all_hear_of_it():
+    said = {}
+    group = SimpleNamespace(
+        timeout_s=4, members=(5,), progress=SimpleNamespace(step=7), all_gather_ints=lambda values: [values]
+    )
+    group.put, group.get_all = said.__setitem__, lambda key, timeout_s: [said[key]]
+    reads, x_RD = StepReads(group), torch.ones(2, 3)
+
+    def fails(deadline):
+        raise host_compute.CpuExpertsFailed("experts 1 of MoE layer 0 could not be computed by the CPU")
+
+    assert not reads.run(fails, x_RD).any()
+    with pytest.raises(ReadFailed, match="rank 5: experts 1 of MoE layer 0 could not be computed"):
+        reads.settle()
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe"], indirect=True)
 def test_a_cpu_that_does_not_answer_ends_the_step_by_name(case, make, monkeypatch):
     path, ids, expected = case
     engine = make(path, 1.1, misses="cpu")
@@ -230,6 +270,7 @@ def test_on_a_cpu_there_is_no_tier_between(case):
         Engine(EngineConfig(model=str(case[0]), expert_memory="25%", misses="copy", **OPTIONS))
 
 
+@pytest.mark.parametrize("case", ["qwen3_moe"], indirect=True)
 def test_a_cpu_that_is_to_compute_needs_experts_in_host_memory(case, make):
     with pytest.raises(
         ValueError, match="misses is cpu, and host memory has room for no expert; give more with --host"
