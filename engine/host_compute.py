@@ -77,7 +77,7 @@ class HostCompute:
         """How long the rows may take to come from the device."""
         self._layers = layers
         self._pool = pool
-        self._thread = ThreadPoolExecutor(1, "moeyard-cpu-experts")
+        self._thread = ThreadPoolExecutor(1, "moeyard-cpu-experts", initializer=self._use_device)
         self._last: Future[None] | None = None
 
     def start(
@@ -108,6 +108,11 @@ class HostCompute:
             self._last = self._thread.submit(lambda: None)
             self._thread.shutdown(wait=False)
         return bool(futures.wait([self._last], timeout_s).done)
+
+    def _use_device(self) -> None:
+        """A thread's own device is the first one, of which this rank may have no use."""
+        if self._pool.device.type == "cuda":
+            torch.cuda.set_device(self._pool.device)
 
     def _send(
         self, x_TD: torch.Tensor, token_R: torch.Tensor, rows: int

@@ -8,12 +8,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import nn
 
-from ..scheduler.misses import MissCosts, choose_ways, streams
+from ..scheduler.misses import MissCosts, Ways, choose_ways, streams
 from .host_compute import HostCompute
 from .host_experts import HostExperts
 from .measure import TRIAL_EXPERTS, few_rows_of
@@ -51,15 +51,18 @@ class MissWays:
         self._host = host
         self._mode = mode
         self._experts_L = experts_L
-        self._uses_LE = [np.zeros(experts, np.int64) for experts in experts_L]
+        self._uses_LE = [[0] * experts for experts in experts_L]
         """Rows of each expert so far."""
+        self._ways = lru_cache(maxsize=1024)(self._choose)  # decode steps are much alike
         self._ended = (-2, 0)
         """The layer that ran last, and when that was."""
         self._gap_ns = 0
 
-    def begin(self, layer: int, counts_E: Sequence[int]) -> None:
-        """The layer's router has chosen: so many rows of each expert."""
-        self._uses_LE[layer] += counts_E
+    def begin(self, layer: int, used: Sequence[int], counts_E: Sequence[int]) -> None:
+        """The layer's router has chosen: so many rows of each expert, `used` are those with any."""
+        uses_E = self._uses_LE[layer]
+        for expert in used:
+            uses_E[expert] += counts_E[expert]
         before, at_ns = self._ended
         if before == layer - 1:
             self._gap_ns = time.monotonic_ns() - at_ns
@@ -71,23 +74,23 @@ class MissWays:
 
         def choose(here: Sequence[int], coming: Sequence[int], missing: Sequence[int]) -> tuple[list[int], list[int]]:
             near = [expert for expert in missing if (layer, expert) in self._host]
-            far = [expert for expert in missing if (layer, expert) not in self._host]
+            far = [] if len(near) == len(missing) else [expert for expert in missing if expert not in near]
             on_cpu: list[int] = []
             if self._mode == "cpu":
                 near, on_cpu = [], near
-            elif self._mode == "auto":
-                ways = choose_ways(
-                    self.costs,
-                    [counts_E[expert] for expert in near],
-                    busy_ns=self.costs.device_ns([counts_E[expert] for expert in here]),
-                    copied=[counts_E[expert] for expert in (*coming, *far)],
-                )
+            elif self._mode == "auto" and near:
+                rows = [tuple([counts_E[expert] for expert in some]) for some in (near, here, (*coming, *far))]
+                ways = self._ways(*rows)
                 near, on_cpu = [near[m] for m in ways.copied], [near[m] for m in ways.on_cpu]
             self.figures.copied += len(near) + len(far)
             self.figures.on_cpu += len(on_cpu)
             return [*near, *far], on_cpu
 
         return choose
+
+    def _choose(self, rows: tuple[int, ...], here: tuple[int, ...], copied: tuple[int, ...]) -> Ways:
+        """By the rows of missing experts, of those that the device has, and of those that are copied in any case."""
+        return choose_ways(self.costs, rows, busy_ns=self.costs.device_ns(here), copied=copied)
 
     def slots(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Where these are in host memory."""

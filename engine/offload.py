@@ -316,7 +316,7 @@ class OffloadedLayer:
         used = [expert for expert, count in enumerate(counts) if count]
         choose = None
         if self._ways is not None:
-            self._ways.begin(self._number, counts)
+            self._ways.begin(self._number, used, counts)
             choose = self._ways.chooser(self._number, counts)
         visit = self._store.visit(self._number, used, self._forecast.future(), choose)
         self._store.fetch_ahead(self._forecast.wants(self._number))

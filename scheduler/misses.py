@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from operator import index
 from typing import Any
 
@@ -117,7 +116,6 @@ def choose_ways(costs: MissCosts, rows: Sequence[int], *, busy_ns: int = 0, copi
     )
 
 
-@lru_cache(maxsize=1024)
 def _split(costs: MissCosts, rows: tuple[int, ...], busy_ns: int, first: tuple[int, ...]) -> tuple[frozenset[int], int]:
     """Positions that the CPU computes, of experts in descending order of rows, and the layer's time."""
     count = len(rows)

@@ -159,8 +159,9 @@ def test_other_types_give_the_same_bits_too(dtype, case, make):
 
 def test_link_and_cpu_share_a_layers_misses(case, wanted, make, monkeypatch):
     engine = make(case[0], 1.1, "6.3%", costs=EVEN, predictor="none", residency="default")
-    splits, choose = [], miss_ways.choose_ways
-    monkeypatch.setattr(miss_ways, "choose_ways", lambda *a, **k: splits.append(choose(*a, **k)) or splits[-1])
+    splits, ways = [], engine._offload.ways
+    choose = ways._ways
+    monkeypatch.setattr(ways, "_ways", lambda *rows: splits.append(choose(*rows)) or splits[-1])
     stats = check(engine, case, wanted)
     assert stats.expert_on_cpu == sum(len(ways.on_cpu) for ways in splits) > 0
     assert stats.expert_copied == sum(len(ways.copied) for ways in splits) > 0

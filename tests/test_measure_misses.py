@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from moeyard.engine.host_experts import HostPool
 from moeyard.engine.loader import draw, load
 from moeyard.engine.measure_misses import fit, miss_constants
 from moeyard.engine.moe import MoELayer
+from moeyard.engine.store import ExpertLate
 from moeyard.kernels.threads import set_threads
 from moeyard.launch import machine
 from moeyard.scheduler.cost import LinkCost
@@ -94,3 +96,16 @@ def test_what_they_are_made_of():
     assert costs.both_ns == 80_001
     assert fit({**samples, "copy": copies[:1]}, MIB).copy == LinkCost(0, -(-105_000 * 10**6 // MIB))
     assert MissCosts.from_dict(asdict(costs)) == costs
+
+
+def test_rows_that_a_device_does_not_send_are_not_waited_for_without_end(parts, monkeypatch):
+    layer, _, compute = parts
+    compute.timeout_s = 0.02
+    never = SimpleNamespace(query=lambda: False)
+    monkeypatch.setattr(compute, "_send", lambda x_TD, token_R, rows: (x_TD, token_R, never))
+    x_TD, token_R = torch.ones(1, layer.pool.down_SDI.shape[1]), torch.zeros(1, dtype=torch.int32)
+    job = compute.start(0, [7], [2], [0, 1], x_TD, token_R)
+    with pytest.raises(
+        ExpertLate, match=r"experts 7 of MoE layer 0: their rows did not come from the device within 0.02"
+    ):
+        job.wait(30)
