@@ -27,6 +27,7 @@ from ..scheduler.residency.slots import Budget, Policy
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
 from .expert_files import AlignedBuffer, ExpertFiles
+from .experts import ExpertPool, ExpertWeights, pool_in
 from .host_experts import HostExperts, host_budget
 from .measure_disk import disk_constants
 from .predict.base import Predictor, Rows
@@ -36,12 +37,12 @@ from .predict.look_ahead import LookAhead
 from .predict.meter import Meter
 from .readers import Priority, Read, Readers
 from .store import ExpertLate, ExpertStore, Visit
-from .store_size import READS_IN_FLIGHT, StoreSize, share_out
+from .store_size import StoreSize, choose_size, share_out
 
 if TYPE_CHECKING:
-    from .experts import ExpertPool
     from .loader import Blueprint
     from .moe import MoELayer
+    from .weights import ExpertReader
 
 POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "predicted": PredictedNow,
@@ -75,6 +76,14 @@ class OffloadPlan:
     """Of the checkpoint's files."""
     host_bytes: int | None = None
     """Of host memory for experts beside the device's; None where the device is the host."""
+    in_place: bool = False
+    """Whether experts are read into their places, where they are then as they are in their files."""
+
+    def pool(self, reader: ExpertReader, device: torch.device) -> ExpertPool:
+        """The memory of all places, for the first of the layers, with whom the others share it."""
+        if not self.in_place:
+            return ExpertPool(reader, self.size.places, device)
+        return pool_in(AlignedBuffer(self.size.places * self.size.place), reader)
 
     def policy(self) -> Policy:
         return POLICIES[self.residency](self.budget)
@@ -112,9 +121,12 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         raise ValueError("expert_memory: the experts of this model's layers differ in shape; leave it out")
     with closing(ExpertFiles(readers)) as files:
         disk = disk_constants(files, progress=config.progress).values
+        around = files.place_bytes - readers[0].nbytes if on_cpu and files.in_place else None
     # A GPU's slots are filled from host memory: the buffers are there.
-    buffer, reads = (files.buffer_bytes, disk.best) if on_cpu else (0, READS_IN_FLIGHT)
-    size = share_out(budget, readers[0].nbytes, buffer, reads)
+    if on_cpu:
+        size, in_place = choose_size(budget, readers[0].nbytes, files.buffer_bytes, around, disk.best)
+    else:
+        size, in_place = share_out(budget, readers[0].nbytes, 0), False
     experts = max(spec.num_experts for spec in specs)
     slots = min(size.slots, len(specs) * experts)
     # A token has that many on a rank, if they are spread evenly; more than it has of its own must not be kept free.
@@ -138,6 +150,7 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         predictors=predictors,
         read_ns_per_byte=1e9 / disk.bytes_per_s,
         host_bytes=host_bytes,
+        in_place=in_place,
     )
 
 
@@ -152,7 +165,15 @@ class CheckpointSource:
         self.host = host
         self._files = files
         self._pools = pools
-        buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
+        self._places: list[AlignedBuffer] | None = None
+        buffers: list[AlignedBuffer] = []
+        if pools[0].memory is None:
+            self._weights = [pools[0].weights(place) for place in range(size.places)]
+            buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
+        else:
+            self._places = pools[0].memory.split(size.place)
+            nothing = torch.empty(0)
+            self._weights = [ExpertWeights(up_PND=(nothing,), down_DI=nothing)] * size.places
         self._readers = Readers(host or files, buffers, threads=size.readers)
         self.nbytes_LE = [
             [sum(extent.nbytes for extent in files.extents(layer, expert)) for expert in range(experts)]
@@ -163,7 +184,15 @@ class CheckpointSource:
         """As `store.Source` says, and so are the others."""
         if self.host is not None:
             self.host.mark()
-        return self._readers.submit(layer, expert, self._pools[layer].views(place), priority)
+        if self._places is None:
+            return self._readers.submit(layer, expert, self._pools[layer].views(place), priority)
+        buffer = self._places[place]
+        self._weights[place] = self._pools[layer].named(self._files.placed(layer, expert, buffer))
+        return self._readers.submit(layer, expert, {}, priority, buffer)
+
+    def weights(self, place: int) -> ExpertWeights:
+        """What layers compute with, once the expert that is on its way to a place has been read."""
+        return self._weights[place]
 
     def promote(self, read: Future[Any], priority: Priority) -> None:
         assert isinstance(read, Read)
@@ -226,7 +255,7 @@ class Offload:
         )
         self.store.heard = self.forecast.heard
         for number, layer in enumerate(layers):
-            layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number)
+            layer.offloaded = OffloadedLayer(self.store, self.source, self.forecast, layer, number)
 
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step of the engine, with these sequences' tokens."""
@@ -265,8 +294,11 @@ class Offload:
 class OffloadedLayer:
     """A layer whose experts are in the store, MoE layer `number` of it."""
 
-    def __init__(self, store: ExpertStore, forecast: Forecast, layer: MoELayer, number: int) -> None:
+    def __init__(
+        self, store: ExpertStore, source: CheckpointSource, forecast: Forecast, layer: MoELayer, number: int
+    ) -> None:
         self._store = store
+        self._source = source
         self._forecast = forecast
         self._layer = layer
         self._number = number
@@ -333,7 +365,8 @@ class OffloadedLayer:
             rows = starts[done : done + len(places) + 1]
             low, high = rows[0], rows[-1]
             rows_of = self._few_rows if few else self._many_rows
-            y_RD[low:high] = rows_of(x_TD, token_R[low:high], [row - low for row in rows], places)
+            weights = [self._source.weights(place) for place in places]
+            y_RD[low:high] = rows_of(x_TD, token_R[low:high], [row - low for row in rows], weights)
             done += len(places)
             if done < len(visit.experts) and time.monotonic() > deadline:
                 raise ExpertLate(
@@ -342,31 +375,45 @@ class OffloadedLayer:
                 )
 
     def _few_rows(
-        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]
+        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], weights: Sequence[ExpertWeights]
     ) -> torch.Tensor:
         from ..kernels.grouped_linear import grouped_gate_up_silu, grouped_linear
 
-        pool = self._layer.pool
-        groups = torch.tensor(starts, dtype=torch.int32), torch.tensor(places, dtype=torch.int32)
+        down_GDI, up_bias_GN, down_bias_GD = _of_each(weights)
+        starts_G = torch.tensor(starts, dtype=torch.int32)
         if self._layer.swiglu:
-            h_RI = grouped_gate_up_silu(x_TD, pool.up_SND, *groups, token_R)
+            h_RI = grouped_gate_up_silu(x_TD, [w.up_PND for w in weights], starts_G, None, token_R)
         else:
-            h_RN = grouped_linear(x_TD, pool.up_SND, *groups, pool.up_bias_SN, token_R)
+            up_PGND = _blocks(weights)
+            parts = [grouped_linear(x_TD, up_GND, starts_G, None, up_bias_GN, token_R) for up_GND in up_PGND]
+            h_RN = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             # Expert by expert: torch computes the last elements of a tensor in another way than the first, and what
             # is last must not depend on who came together.
             h_RI = torch.cat([self._layer.gate(h_RN[low:high]) for low, high in itertools.pairwise(starts)])
-        return grouped_linear(h_RI, pool.down_SDI, *groups, pool.down_bias_SD)
+        return grouped_linear(h_RI, down_GDI, starts_G, None, down_bias_GD)
 
     def _many_rows(
-        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]
+        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], weights: Sequence[ExpertWeights]
     ) -> torch.Tensor:
-        pool = self._layer.pool
-
-        def of(tensor: torch.Tensor | None) -> list[torch.Tensor] | None:
-            return None if tensor is None else [tensor[place] for place in places]
-
-        up_GND, down_GDI = of(pool.up_SND), of(pool.down_SDI)
-        assert up_GND is not None and down_GDI is not None
+        down_GDI, *biases = _of_each(weights)
         counts_G = torch.tensor([high - low for low, high in itertools.pairwise(starts)])
-        biases = of(pool.up_bias_SN), of(pool.down_bias_SD)
-        return expert_loop(x_TD, token_R, counts_G, up_GND, down_GDI, self._layer.gate, *biases)
+        up_GPND = [w.up_PND for w in weights]
+        return expert_loop(x_TD, token_R, counts_G, up_GPND, down_GDI, self._layer.gate, *biases)
+
+
+_Tensors = list[torch.Tensor]
+
+
+def _blocks(weights: Sequence[ExpertWeights]) -> list[_Tensors]:
+    """Of several experts the first products' weights, in as many blocks of rows as that of them which has most."""
+    if all(len(w.up_PND) == 1 for w in weights):
+        return [[w.up_PND[0] for w in weights]]
+    halves = [w.up_PND if len(w.up_PND) == 2 else w.up_PND[0].chunk(2) for w in weights]
+    return [[half[0] for half in halves], [half[1] for half in halves]]
+
+
+def _of_each(weights: Sequence[ExpertWeights]) -> tuple[_Tensors, _Tensors | None, _Tensors | None]:
+    """Of several experts the second products' weights, and the biases if there are any."""
+    up_bias_GN = [w.up_bias_N for w in weights if w.up_bias_N is not None]
+    down_bias_GD = [w.down_bias_D for w in weights if w.down_bias_D is not None]
+    return [w.down_DI for w in weights], up_bias_GN or None, down_bias_GD or None

@@ -370,7 +370,7 @@ class ExpertStore:
         self.figures.resident_bytes = len(self._resident) * size.expert
         used = len(self._held) + len(self._leaving)
         assert used + len(self._free) == size.places and len(self._stays) <= size.slots
-        self.most_used = max(self.most_used, used * size.expert + size.reading)
+        self.most_used = max(self.most_used, used * size.place + size.reading)
 
 
 def _fine(held: _Held) -> bool:

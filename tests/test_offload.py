@@ -12,7 +12,7 @@ import tiny
 import torch
 from test_parity import generate, prompts, reference
 
-from moeyard.engine import moe, offload
+from moeyard.engine import expert_files, moe, offload
 from moeyard.engine.checkpoint import Checkpoint
 from moeyard.engine.config import RESIDENCY, EngineConfig
 from moeyard.engine.engine import Engine
@@ -172,6 +172,32 @@ def test_memory_is_what_was_asked_for(qwen, make):
     assert {layer.pool.up_SND.data_ptr() for layer in layers} == {layers[0].pool.up_SND.data_ptr()}
     assert layers[0].pool.nbytes == size.places * size.expert
     assert sum(buffer.nbytes for buffer in engine._offload.source._readers._free) == size.reading
+
+
+@pytest.mark.parametrize("kernel", ["swiglu", "few", "many"])
+@pytest.mark.parametrize("shard", ["5GB", "1MB"])
+def test_experts_are_read_into_their_places(kernel, shard, make, tmp_path, monkeypatch):
+    """Where buffers would take more than the blocks around them. A shard may end within an expert."""
+    path = tiny.save("qwen3_moe", tmp_path, num_experts=16, moe_intermediate_size=256, max_shard_size=shard)
+    ids = prompts(131, 3, longest=20)
+    expected = reference(path, ids, NEW_TOKENS)
+    monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 0 if kernel == "many" else 1000)
+    engine = make(path, "25%")
+    plan, source = engine._offload.plan, engine._offload.source
+    assert plan.in_place and plan.size.reading == 0 < plan.size.around
+    monkeypatch.setattr(expert_files.ExpertFiles, "copy", None)
+    for layer in engine._experts.layers:
+        layer.swiglu = kernel == "swiglu"
+    tokens, found = logits_of(engine, ids)
+    assert tokens == expected
+    memory = layer.pool.memory
+    assert memory.nbytes == plan.size.nbytes <= engine.info["expert_bytes"] // 4
+    begin, end = memory.data_B.data_ptr(), memory.data_B.data_ptr() + memory.nbytes
+    blocks = {place: source.weights(place).up_PND for place in range(plan.size.places)}
+    assert all(begin <= block.data_ptr() < end for up_PND in blocks.values() for block in up_PND if block.numel())
+    assert (2 in map(len, blocks.values())) == (shard != "5GB")
+    wanted = logits_of(make(path, None), ids)[1]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)) or kernel == "few"
 
 
 SCRIPT = """
