@@ -327,10 +327,6 @@ class OffloadedLayer:
         visit = self._store.visit(self._number, used, self._forecast.future())
         self._store.fetch_ahead(self._forecast.wants(self._number))
         # Experts are numbered in the order in which they run, so that each group's rows follow each other.
-        order_E = torch.full(counts_E.shape, -1)
-        order_E[list(visit.experts)] = torch.arange(len(visit.experts))
-        order_E = order_E.to(ids_TK.device)
-        order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
         starts = [0, *itertools.accumulate(counts[expert] for expert in visit.experts)]
         if experts is None:
             few = layer.takes_few_rows(ids_TK.numel(), len(counts))
@@ -339,11 +335,15 @@ class OffloadedLayer:
         y_RD = x_TD.new_empty(starts[-1], x_TD.shape[1])
         if layer.compiled:
             from ..kernels.grouped_linear import combine
-            from ..kernels.sort_rows import sort_rows
+            from ..kernels.sort_rows import sort_rows_in
 
-            rows = sort_rows(order_TK, len(visit.experts))
+            rows = sort_rows_in(visit.experts, ids_TK, len(counts))
             self._compute(visit, starts, few, deadline, x_TD, rows.token_R, y_RD)
             return combine(y_RD, rows.position_TK, weights_TK)
+        order_E = torch.full(counts_E.shape, -1)
+        order_E[list(visit.experts)] = torch.arange(len(visit.experts))
+        order_E = order_E.to(ids_TK.device)
+        order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
         local = LocalDispatcher(len(visit.experts))
         token_R, _, state = local.route(order_TK, weights_TK)
         self._compute(visit, starts, few, deadline, x_TD, token_R, y_RD)
