@@ -321,9 +321,10 @@ class OffloadedLayer:
         layer, counts = self._layer, counts_E.tolist()
         if not any(counts):
             return torch.zeros_like(x_TD)
+        used = [expert for expert, count in enumerate(counts) if count]
+        self._store.ask(self._number, used)
         if experts is None:  # of several ranks none sees all tokens that come to its experts
             self._forecast.routed(self._number, ids_TK, weights_TK)
-        used = [expert for expert, count in enumerate(counts) if count]
         visit = self._store.visit(self._number, used, self._forecast.future())
         self._store.fetch_ahead(self._forecast.wants(self._number))
         # Experts are numbered in the order in which they run, so that each group's rows follow each other.

@@ -99,6 +99,16 @@ class _Held:
     want: Want | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Asked:
+    """What a router has asked for last: `known` were here or on their way, `waiting` have no place yet."""
+
+    layer: int
+    need: list[int]
+    known: list[int]
+    waiting: deque[Place]
+
+
 class Visit:
     """A layer's experts in the order in which they run: `experts`, and groups of their places as they become ready.
 
@@ -141,6 +151,7 @@ class ExpertStore:
         self._ahead: list[_Held] = []
         self._in_use: list[_Held] = []
         """Of the layer that runs."""
+        self._asked: _Asked | None = None
         self._leaving: list[_Held] = []
         """Nobody wants them any more, but their reads may still write to their places."""
         self._free = list(reversed(range(size.places)))
@@ -170,16 +181,35 @@ class ExpertStore:
         self._free.sort(reverse=True)
         self._stays.clear()
 
-    def visit(self, layer: int, experts: Iterable[int], scores_LE: Any = None) -> Visit:
-        """One event: a layer needs these experts. Those that are here run first, then the others as they come.
-
-        `scores_LE` are for a policy that goes by predicted use. The groups raise what the source does, and ExpertLate.
+    def ask(self, layer: int, experts: Iterable[int]) -> None:
+        """The router of a layer has chosen these experts: reads begin, for as many as there is room for now. `visit`
+        follows, with the same; what is worked out in between costs no time while the disk is at work.
         """
         self._break_off()
         need = sorted(set(experts))
         for held in [h for h in self._ahead if h.at[0] == layer]:
             if held.at[1] not in need or not _fine(held):
                 self._drop(held)
+        for expert in need:
+            held = self._held.get((layer, expert))
+            if held is not None and held.want is not None:
+                self._claim(held)
+        known = [expert for expert in need if (layer, expert) in self._held]
+        self._in_use += [self._held[layer, expert] for expert in known]
+        waiting = deque((layer, expert) for expert in need if expert not in known)
+        self._asked = _Asked(layer=layer, need=need, known=known, waiting=waiting)
+        self._start(waiting)
+
+    def visit(self, layer: int, experts: Iterable[int], scores_LE: Any = None) -> Visit:
+        """One event: a layer needs these experts. Those that are here run first, then the others as they come.
+
+        `scores_LE` are for a policy that goes by predicted use. The groups raise what the source does, and ExpertLate.
+        """
+        need = sorted(set(experts))
+        if self._asked is None or (self._asked.layer, self._asked.need) != (layer, need):
+            self.ask(layer, need)
+        assert self._asked is not None
+        known, waiting, self._asked = self._asked.known, self._asked.waiting, None
         decision = self._policy.step(layer, need, Context(step=self.step, scores_LE=scores_LE))
         self._stays.difference_update(decision.evicted)
         for at in decision.evicted:
@@ -187,19 +217,15 @@ class ExpertStore:
                 self._drop(self._held[at])
         assert all(at[0] == layer for at in decision.admitted), "only who is in memory now can stay"
         self._stays.update(decision.admitted)
-        known = [self._held[layer, expert] for expert in need if (layer, expert) in self._held]
-        for held in known:
-            if held.want is not None:
-                self._claim(held)
-        self._in_use += known
-        here = [held.at[1] for held in known if held.read is None]
+        for at in decision.admitted:
+            if (held := self._held.get(at)) is not None and held.read is None:
+                self._settle(at)
+        self._start(waiting)
+        here = [e for e in need if (held := self._held.get((layer, e))) is not None and held.read is None]
         gone = [expert for expert in need if expert not in here]
-        # What is on its way comes first, then those that stay.
-        gone.sort(key=lambda e: ((layer, e) not in self._held, (layer, e) not in self._stays, e))
+        gone.sort(key=lambda e: (e not in known, e))  # as they are read
         self.figures.hits += len(decision.hits)
         self.figures.misses += len(decision.misses)
-        waiting = deque((layer, expert) for expert in gone if (layer, expert) not in self._held)
-        self._start(waiting)
         return Visit((*here, *gone), self._groups(layer, here, gone, waiting))
 
     def fetch_ahead(self, wants: Iterable[Want]) -> None:
@@ -305,9 +331,13 @@ class ExpertStore:
         held.read = None
         self.figures.read_bytes += self._source.nbytes(*held.at)
         if held.at in self._stays:
-            self._resident.add(held.at)
-            self.figures.admitted_bytes += self.size.expert
+            self._settle(held.at)
         self._account()
+
+    def _settle(self, at: Place) -> None:
+        """It is there, and stays."""
+        self._resident.add(at)
+        self.figures.admitted_bytes += self.size.expert
 
     def _release(self, group: Sequence[_Held]) -> None:
         """A layer has computed them."""
@@ -360,6 +390,7 @@ class ExpertStore:
 
     def _break_off(self) -> None:
         """After a visit that did not come to its end: only what stays and is there remains."""
+        self._asked = None
         for held in self._in_use:
             if held.read is not None or held.at not in self._stays:
                 self._drop(held)
