@@ -151,8 +151,8 @@ class ExpertStore:
         return frozenset(self._resident)
 
     def here(self, layer: int) -> Any:
-        """[E] whom the policy gives a slot."""
-        return self._policy.resident_LE[layer]
+        """[E] whom the policy gives a slot: a view, for reading."""
+        return self._policy.residents_of(layer)
 
     def begin_step(self) -> None:
         """A step of the engine: to the policy, all layers until the next one are of the same time."""
