@@ -136,7 +136,7 @@ def test_every_policy_gives_the_same_tokens_and_counts_as_its_replay(residency, 
     assert engine._offload.plan.residency == ("predicted" if options else residency)
     store, events = engine._offload.store, []
     visit = store.visit
-    store.visit = lambda *event: (events.append((store.step, *event)), visit(*event))[1]
+    store.visit = lambda layer, need, s: (events.append((store.step, layer, need, s.copy())), visit(layer, need, s))[1]
     assert generate(engine, qwen.ids, NEW_TOKENS) == qwen.expected
     twin = engine._offload.plan.policy()
     assert type(twin) is type(store._policy)

@@ -66,10 +66,12 @@ class Forecast:
         """A router has chosen: ids in any order with their weights, -1 for none."""
         if not self._all or not self._running:
             return
-        worth_TK = weights_TK.float().masked_fill(ids_TK < 0, -torch.inf)
-        sorted_TK = ids_TK.gather(-1, worth_TK.argsort(dim=-1, descending=True, stable=True)).cpu().numpy()
+        if any(predictor.ordered for predictor in self._all):
+            worth_TK = weights_TK.float().masked_fill(ids_TK < 0, -torch.inf)
+            ids_TK = ids_TK.gather(-1, worth_TK.argsort(dim=-1, descending=True, stable=True))
+        chosen_TK = ids_TK.cpu().numpy()
         for predictor in self._all:
-            predictor.routed(layer, sorted_TK)
+            predictor.routed(layer, chosen_TK)
 
     def end_step(self) -> None:
         if self._running:
