@@ -121,6 +121,31 @@ def test_what_budgets_are_worth(qwen, capsys):
     assert last.startswith("With 130 KiB for experts (40 %) expect ") and last.endswith(f"would give {full}.")
 
 
+def test_what_budgets_are_worth_on_each_of_several_ranks(qwen, capsys):
+    """Three ranks of one machine have 3 of 8 experts each, and a third of the memory's rate and of the disk's."""
+    config = EngineConfig(model=str(qwen), expert_memory="40%", ep=3, **OPTIONS)
+    assert run(config) == 0
+    out = capsys.readouterr().out
+    rows = table(out)
+    own = 3 * 3
+    dense = int(draw_of(config).footprint.dense)
+    compute_s = (dense + 9 * EXPERT) / 1e9 * 3
+    assert f"one request on each of 3 ranks, by the model: computing a token takes {1000 * compute_s:.3g} ms" in out
+    assert "reading a missed expert 3 ms (disk, shared by 3 ranks, measured " in out
+    for share in (40, 75):
+        slots = slots_of(config, f"{share}%")
+        assert rows[f"{share} %"][2] == f"{slots}" and slots < own
+        low, high = re.match(r"(\d+)(?: to (\d+))? %", rows[f"{share} %"][3]).groups()
+        assert int(low) == round(100 * slots / own) <= int(high or low) <= 100
+        slow = float(rows[f"{share} %"][4].split(" to ")[0])
+        assert slow == pytest.approx(1 / (compute_s + 9 * (1 - slots / own) * 3 / 1000), rel=0.01)
+    assert rows["100 %"][2:5] == [f"{own}", "100 %", f"{1 / compute_s:,.0f}"]
+    assert out.splitlines()[-1].startswith("With 48.6 KiB for experts (40 %) expect ")
+    assert " tokens/s for one request on each of 3 ranks" in out.splitlines()[-1]
+    # With as many ranks as experts a rank's one expert of a layer is needed at most once a step.
+    assert offload_budgets.own_experts(dataclasses.replace(config, ep=8), draw_of(config)).active == 3
+
+
 def slots_of(config, share):
     return plan_offload(dataclasses.replace(config, expert_memory=share), draw_of(config)).budget.slots
 
