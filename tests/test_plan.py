@@ -219,6 +219,11 @@ def test_what_does_not_fit_gets_a_suggestion(qwen, capsys, monkeypatch):
     assert "a part of the experts cannot be in memory: expert_memory gives 10 B" in capsys.readouterr().out
     assert run(dataclasses.replace(config, ep=2)) == 1
     assert "--expert-memory" not in capsys.readouterr().out
+    free(2 * (size.dense + 2**20 + int(0.605 * size.experts / 2)))  # two ranks share it
+    assert run(dataclasses.replace(config, ep=2)) == 1
+    out = capsys.readouterr().out
+    assert "  with --expert-memory 60% it would fit" in out and table(out)["60 %"][-1] == "suggested"
+    assert run(dataclasses.replace(config, ep=2, expert_memory="60%")) == 0
 
 
 def test_a_gpu_fills_its_slots_from_host_memory(qwen, monkeypatch):
@@ -241,6 +246,9 @@ def test_a_gpu_fills_its_slots_from_host_memory(qwen, monkeypatch):
         kept = EXPERTS if host_memory == "100%" else EXPERTS // 2
         assert rows[0] == ("host memory", kept * EXPERT, f"{kept} of {EXPERTS} experts")
         assert [name for name, _, _ in rows[1:]] == ["read from disk"] * (kept < EXPERTS)
+    # Two ranks have a GPU each, and share the disk from which half of their experts come.
+    found = offload_budgets.budgets(dataclasses.replace(config, ep=2), blueprint, 2**30)
+    assert found.need.read_s(found.machine, 2) == pytest.approx(2 * 0.0015) and found.machine.memory == 1e9
 
 
 def test_a_model_that_fits_is_not_measured(qwen, capsys, monkeypatch):
