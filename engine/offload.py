@@ -25,7 +25,7 @@ from ..scheduler.placement import slots_needed
 from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedNow, default_policy
 from ..scheduler.residency.slots import Budget, Policy
 from .config import EngineConfig, format_size, parse_budget
-from .dispatch import LocalDispatcher
+from .dispatch import LocalDispatcher, Note
 from .expert_files import AlignedBuffer, ExpertFiles
 from .experts import ExpertPool, ExpertWeights, pool_in
 from .host_experts import HostExperts, host_budget
@@ -35,6 +35,7 @@ from .predict.choose import Chosen, predictors_for
 from .predict.forecast import Forecast
 from .predict.look_ahead import LookAhead
 from .predict.meter import Meter
+from .predict.shared_forecast import SharedForecast
 from .readers import Priority, Read, Readers
 from .store import ExpertLate, ExpertStore, Visit
 from .store_size import StoreSize, choose_size, share_out
@@ -72,6 +73,8 @@ class OffloadPlan:
     budget: Budget
     residency: str
     predictors: Chosen
+    shares: bool = False
+    """Whether this is one of several ranks, which tell each other what they predict."""
     read_ns_per_byte: float
     """Of the checkpoint's files."""
     host_bytes: int | None = None
@@ -133,7 +136,7 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
     floor = min(*(-(-spec.top_k // ranks) for spec in specs), slots // len(specs), *own)
     shared = Budget(layers=len(specs), experts=experts, slots=slots, floor=floor)
     fingerprint = blueprint.weights.checkpoint.fingerprint
-    predictors = predictors_for(config.predictor, fingerprint, len(specs), experts) if ranks == 1 else Chosen()
+    predictors = predictors_for(config.predictor, fingerprint, len(specs), experts)
     residency = config.residency
     if residency == "auto":
         residency = "predicted" if predictors.trained else "default"
@@ -148,6 +151,7 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         budget=shared,
         residency=residency,
         predictors=predictors,
+        shares=ranks > 1 and config.predictor != "none",
         read_ns_per_byte=1e9 / disk.bytes_per_s,
         host_bytes=host_bytes,
         in_place=in_place,
@@ -241,12 +245,12 @@ class Offload:
             return Meter(
                 predictor,
                 ns_per_byte=ns_per_byte,
-                resident=self.store.here,
+                resident=self._not_read,
                 least_chance=LEAST_CHANCE,
                 judged=judged,
             )
 
-        self.forecast = Forecast(
+        self.forecast: Forecast = (SharedForecast if plan.shares else Forecast)(
             [meter(predictor, False) for predictor in chosen.trained],
             [meter(predictor, True) for predictor in untrained],
             plan.budget.layers,
@@ -256,6 +260,11 @@ class Offload:
         self.store.heard = self.forecast.heard
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, self.source, self.forecast, layer, number)
+
+    def announce(self, rows: Sequence[Rows]) -> None:
+        """With several ranks: the next step is about to be agreed on, with these sequences' tokens of this rank."""
+        if isinstance(self.forecast, SharedForecast):
+            self.forecast.announce(rows)
 
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step of the engine, with these sequences' tokens."""
@@ -272,6 +281,11 @@ class Offload:
     def close(self) -> None:
         """Ends reading. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
         self.store.close()
+
+    def _not_read(self, layer: int) -> Any:
+        """[E] which experts of a layer this rank need not read: they are here, or other ranks have them."""
+        here_E = self.store.here(layer)
+        return here_E | self.forecast.elsewhere(layer) if isinstance(self.forecast, SharedForecast) else here_E
 
     def figures(self) -> dict[str, Any]:
         """The fields of `Stats` that are about the store."""
@@ -299,9 +313,21 @@ class OffloadedLayer:
     ) -> None:
         self._store = store
         self._source = source
-        self._forecast = forecast
+        self.forecast = forecast
         self._layer = layer
         self._number = number
+
+    def routed(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        """The layer's router has chosen for this rank's tokens."""
+        self.forecast.routed(self._number, ids_TK, weights_TK)
+
+    def note(self) -> Note | None:
+        """What this rank tells the others when the router has chosen; None where predictions are not shared."""
+        forecast, number = self.forecast, self._number
+        if not isinstance(forecast, SharedForecast):
+            return None
+        mine_N = torch.from_numpy(forecast.say(number))
+        return Note(mine_N=mine_N, heard=lambda notes_PN: forecast.hear(number, notes_PN.numpy()))
 
     def run(
         self,
@@ -319,14 +345,14 @@ class OffloadedLayer:
         Raises ExpertUnreadable and ExpertLate.
         """
         layer, counts = self._layer, counts_E.tolist()
-        if not any(counts):
-            return torch.zeros_like(x_TD)
         used = [expert for expert, count in enumerate(counts) if count]
         self._store.ask(self._number, used)
-        if experts is None:  # of several ranks none sees all tokens that come to its experts
-            self._forecast.routed(self._number, ids_TK, weights_TK)
-        visit = self._store.visit(self._number, used, self._forecast.future())
-        self._store.fetch_ahead(self._forecast.wants(self._number))
+        if experts is None:
+            self.routed(ids_TK, weights_TK)
+        visit = self._store.visit(self._number, used, self.forecast.future())
+        self._store.fetch_ahead(self.forecast.wants(self._number))
+        if not used:
+            return torch.zeros_like(x_TD)
         # Experts are numbered in the order in which they run, so that each group's rows follow each other.
         starts = [0, *itertools.accumulate(counts[expert] for expert in visit.experts)]
         if experts is None:

@@ -63,8 +63,8 @@ class Want:
     expert: int
     chance: float
     priority: Priority = Priority.NEXT_LAYER
-    by: str = ""
-    """Who says so."""
+    by: Any = None
+    """Who says so, for `ExpertStore.heard`."""
 
 
 @dataclass(kw_only=True)
@@ -140,7 +140,7 @@ class ExpertStore:
         """How long a layer may wait for one expert."""
         self.most_used = 0
         """Most bytes that were in use at once: places with an expert in them or on the way, and reads' buffers."""
-        self.heard: Callable[[str, int, bool], None] = lambda by, nbytes, used: None
+        self.heard: Callable[[Any, int, bool], None] = lambda by, nbytes, used: None
         """Is told who had bytes read ahead, and whether they were used."""
         self._policy = policy
         self._source = source
@@ -162,8 +162,8 @@ class ExpertStore:
         return frozenset(self._resident)
 
     def here(self, layer: int) -> Any:
-        """[E] whom the policy gives a slot."""
-        return self._policy.resident_LE[layer]
+        """[E] whom the policy gives a slot: a view, for reading."""
+        return self._policy.residents_of(layer)
 
     def begin_step(self) -> None:
         """A step of the engine: to the policy, all layers until the next one are of the same time."""
