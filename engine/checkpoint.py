@@ -50,6 +50,11 @@ class Entry:
     def itemsize(self) -> int:
         return _ITEM_BYTES[self.dtype]
 
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None for what is no floating-point type."""
+        return _TYPES.get(self.dtype)
+
     def row(self, index: int) -> Entry:
         """Row `index` of the first dimension, kept as a dimension of 1."""
         nbytes = self.nbytes // self.shape[0]

@@ -289,6 +289,8 @@ class Engine:
         for request_id in step.admitted:
             self._scheduler.get(request_id).payload.started = now
         if self._parallel is not None:
+            if self._offload is not None:
+                self._offload.announce(self._rows(step))
             plan = self._parallel.agree(sum(step.tokens.values()), self._scheduler.has_work)
             if plan is not None and not step.tokens:
                 self._take_part()
@@ -361,7 +363,6 @@ class Engine:
             if plan is not None:
                 self._offload = Offload(plan, experts.layers, blueprint, progress=config.progress)
             return experts
-        config.check_several_ranks()
         group = seat.group
         self._fingerprint = blueprint.weights.checkpoint.fingerprint
         check_alike(group, self._fingerprint, config, START_TIMEOUT_S)
@@ -447,25 +448,28 @@ class Engine:
             torch.cuda.empty_cache()
         return peak
 
-    def _run(self, step: Step) -> torch.Tensor:
-        """Logits [B, V] of the sequences that sample in this step."""
-        spans = []
-        rows: list[Rows] = []
-        samples = set(step.samples)
+    def _rows(self, step: Step) -> list[Rows]:
+        """What is in a step, for those who predict."""
+        rows, first = [], 0
         for request_id, count in step.tokens.items():
             request = self._scheduler.get(request_id)
-            start = request.computed
-            tokens = request.tokens[start : start + count]
-            first = rows[-1].first + len(rows[-1].token_ids) if rows else 0
-            rows.append(Rows(request_id=request_id, first=first, token_ids=tokens, start=start))
-            spans.append(
-                Span(
-                    tokens=tokens,
-                    start=start,
-                    blocks=request.block_table,
-                    samples=request_id in samples,
-                )
+            tokens = request.tokens[request.computed : request.computed + count]
+            rows.append(Rows(request_id=request_id, first=first, token_ids=tokens, start=request.computed))
+            first += count
+        return rows
+
+    def _run(self, step: Step) -> torch.Tensor:
+        """Logits [B, V] of the sequences that sample in this step."""
+        samples, rows = set(step.samples), self._rows(step)
+        spans = [
+            Span(
+                tokens=row.token_ids,
+                start=row.start,
+                blocks=self._scheduler.get(row.request_id).block_table,
+                samples=row.request_id in samples,
             )
+            for row in rows
+        ]
         return self._run_batch(make_batch(spans, self._cache.block_size, self.device), rows)
 
     @torch.inference_mode()

@@ -76,7 +76,8 @@ class HostCompute:
         self.timeout_s = 60.0
         """How long the rows may take to come from the device."""
         self._layers = layers
-        self._pool = pool
+        self._device = pool.device
+        self._weights = [pool.weights(slot) for slot in range(pool.num_slots)]
         self._thread = ThreadPoolExecutor(1, "moeyard-cpu-experts", initializer=self._use_device)
         self._last: Future[None] | None = None
 
@@ -111,8 +112,8 @@ class HostCompute:
 
     def _use_device(self) -> None:
         """A thread's own device is the first one, of which this rank may have no use."""
-        if self._pool.device.type == "cuda":
-            torch.cuda.set_device(self._pool.device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def _send(
         self, x_TD: torch.Tensor, token_R: torch.Tensor, rows: int
@@ -135,7 +136,7 @@ class HostCompute:
                 raise ExpertLate(f"{rows.what}: their rows did not come from the device within {self.timeout_s:g} s")
             time.sleep(_POLL_S)
         compute = few_rows if few else many_rows
-        y_RD = compute(layer, self._pool, rows.x_TD, rows.token_R, rows.starts, rows.slots)
+        y_RD = compute(layer, rows.x_TD, rows.token_R, rows.starts, [self._weights[slot] for slot in rows.slots])
         return y_RD.pin_memory() if rows.sent is not None else y_RD
 
 

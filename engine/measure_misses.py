@@ -119,7 +119,8 @@ class _Trial:
         layer = self._layer
         run = few_rows if layer.takes_few_rows(rows, experts) else many_rows
         x_RD, token_R, starts = self._inputs(experts, rows)
-        run(layer, layer.pool, x_RD, token_R, starts, self._some(experts, layer.pool.num_slots))
+        weights = [layer.pool.weights(place) for place in self._some(experts, layer.pool.num_slots)]
+        run(layer, x_RD, token_R, starts, weights)
         self._turn += experts
         if x_RD.device.type == "cuda":
             torch.cuda.synchronize(x_RD.device)

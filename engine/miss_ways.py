@@ -70,7 +70,7 @@ class MissWays:
     def chooser(
         self, layer: int, counts_E: Sequence[int]
     ) -> Callable[[Sequence[int], Sequence[int], Sequence[int]], tuple[list[int], list[int]]]:
-        """For `ExpertStore.visit`, with the rows of each of the layer's experts."""
+        """For `ExpertStore.ask`, with the rows of each of the layer's experts."""
 
         def choose(here: Sequence[int], coming: Sequence[int], missing: Sequence[int]) -> tuple[list[int], list[int]]:
             near = [expert for expert in missing if (layer, expert) in self._host]
@@ -115,9 +115,9 @@ class MissWays:
                     layer=layer + 1, expert=expert, chance=touched / experts, priority=Priority.NEXT_LAYER, by=STREAM
                 )
 
-    def heard(self, by: str, used: bool) -> None:
-        """What became of an expert that was read ahead."""
-        self.figures.streamed += used and by == STREAM
+    def heard(self, used: bool) -> None:
+        """What became of an expert that was copied with its layer."""
+        self.figures.streamed += used
 
     def counts(self) -> dict[str, int]:
         """The fields of `Stats`."""

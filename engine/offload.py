@@ -24,26 +24,28 @@ from ..scheduler.placement import slots_needed
 from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedNow, default_policy
 from ..scheduler.residency.slots import Budget, Policy
 from .config import EngineConfig, format_size, parse_budget
-from .dispatch import LocalDispatcher
+from .dispatch import LocalDispatcher, Note
 from .expert_files import AlignedBuffer, ExpertFiles
 from .expert_rows import few_rows, many_rows
+from .experts import ExpertPool, ExpertWeights, pool_in
 from .host_experts import HostExperts, host_budget
 from .measure_disk import disk_constants
-from .miss_ways import MissWays, ways_for
+from .miss_ways import STREAM, MissWays, ways_for
 from .predict.base import Predictor, Rows
 from .predict.choose import Chosen, predictors_for
 from .predict.forecast import Forecast
 from .predict.look_ahead import LookAhead
 from .predict.meter import Meter
+from .predict.shared_forecast import SharedForecast
 from .readers import Priority, Read, Readers
 from .store import READ_TIMEOUT_S, ExpertLate, ExpertStore, Visit
-from .store_size import READS_IN_FLIGHT, StoreSize, share_out
+from .store_size import StoreSize, choose_size, share_out
 
 if TYPE_CHECKING:
-    from .experts import ExpertPool
     from .host_compute import Job
     from .loader import Blueprint
     from .moe import MoELayer
+    from .weights import ExpertReader
 
 POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "predicted": PredictedNow,
@@ -73,12 +75,22 @@ class OffloadPlan:
     budget: Budget
     residency: str
     predictors: Chosen
+    shares: bool = False
+    """Whether this is one of several ranks, which tell each other what they predict."""
     read_ns_per_byte: float
     """Of the checkpoint's files."""
     host_bytes: int | None = None
     """Of host memory for experts beside the device's; None where the device is the host."""
     misses: str = "auto"
     """What becomes of experts that are there and not on the device."""
+    in_place: bool = False
+    """Whether experts are read into their places, where they are then as they are in their files."""
+
+    def pool(self, reader: ExpertReader, device: torch.device) -> ExpertPool:
+        """The memory of all places, for the first of the layers, with whom the others share it."""
+        if not self.in_place:
+            return ExpertPool(reader, self.size.places, device)
+        return pool_in(AlignedBuffer(self.size.places * self.size.place), reader)
 
     def policy(self) -> Policy:
         return POLICIES[self.residency](self.budget)
@@ -120,16 +132,19 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         raise ValueError("expert_memory: the experts of this model's layers differ in shape; leave it out")
     with closing(ExpertFiles(readers)) as files:
         disk = disk_constants(files, progress=config.progress).values
+        around = files.place_bytes - readers[0].nbytes if on_cpu and files.in_place else None
     # A GPU's slots are filled from host memory: the buffers are there.
-    buffer, reads = (files.buffer_bytes, disk.best) if on_cpu else (0, READS_IN_FLIGHT)
-    size = share_out(budget, readers[0].nbytes, buffer, reads)
+    if on_cpu:
+        size, in_place = choose_size(budget, readers[0].nbytes, files.buffer_bytes, around, disk.best)
+    else:
+        size, in_place = share_out(budget, readers[0].nbytes, 0), False
     experts = max(spec.num_experts for spec in specs)
     slots = min(size.slots, len(specs) * experts)
     # A token has that many on a rank, if they are spread evenly; more than it has of its own must not be kept free.
     floor = min(*(-(-spec.top_k // ranks) for spec in specs), slots // len(specs), *own)
     shared = Budget(layers=len(specs), experts=experts, slots=slots, floor=floor)
     fingerprint = blueprint.weights.checkpoint.fingerprint
-    predictors = predictors_for(config.predictor, fingerprint, len(specs), experts) if ranks == 1 else Chosen()
+    predictors = predictors_for(config.predictor, fingerprint, len(specs), experts)
     residency = config.residency
     if residency == "auto":
         residency = "predicted" if predictors.trained else "default"
@@ -144,9 +159,11 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         budget=shared,
         residency=residency,
         predictors=predictors,
+        shares=ranks > 1 and config.predictor != "none",
         read_ns_per_byte=1e9 / disk.bytes_per_s,
         host_bytes=host_bytes,
         misses=config.misses,
+        in_place=in_place,
     )
 
 
@@ -161,7 +178,15 @@ class CheckpointSource:
         self.host = host
         self._files = files
         self._pools = pools
-        buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
+        self._places: list[AlignedBuffer] | None = None
+        buffers: list[AlignedBuffer] = []
+        if pools[0].memory is None:
+            self._weights = [pools[0].weights(place) for place in range(size.places)]
+            buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
+        else:
+            self._places = pools[0].memory.split(size.place)
+            nothing = torch.empty(0)
+            self._weights = [ExpertWeights(up_PND=(nothing,), down_DI=nothing)] * size.places
         self._readers = Readers(host or files, buffers, threads=size.readers)
         self.nbytes_LE = [
             [sum(extent.nbytes for extent in files.extents(layer, expert)) for expert in range(experts)]
@@ -172,7 +197,15 @@ class CheckpointSource:
         """As `store.Source` says, and so are the others."""
         if self.host is not None:
             self.host.mark()
-        return self._readers.submit(layer, expert, self._pools[layer].views(place), priority)
+        if self._places is None:
+            return self._readers.submit(layer, expert, self._pools[layer].views(place), priority)
+        buffer = self._places[place]
+        self._weights[place] = self._pools[layer].named(self._files.placed(layer, expert, buffer))
+        return self._readers.submit(layer, expert, {}, priority, buffer)
+
+    def weights(self, place: int) -> ExpertWeights:
+        """What layers compute with, once the expert that is on its way to a place has been read."""
+        return self._weights[place]
 
     def promote(self, read: Future[Any], priority: Priority) -> None:
         assert isinstance(read, Read)
@@ -222,12 +255,12 @@ class Offload:
             return Meter(
                 predictor,
                 ns_per_byte=ns_per_byte,
-                resident=self.store.here,
+                resident=self._not_read,
                 least_chance=LEAST_CHANCE,
                 judged=judged,
             )
 
-        self.forecast = Forecast(
+        self.forecast: Forecast = (SharedForecast if plan.shares else Forecast)(
             [meter(predictor, False) for predictor in chosen.trained],
             [meter(predictor, True) for predictor in untrained],
             plan.budget.layers,
@@ -236,7 +269,12 @@ class Offload:
         )
         self.store.heard = self._heard
         for number, layer in enumerate(layers):
-            layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number, self.ways)
+            layer.offloaded = OffloadedLayer(self.store, self.source, self.forecast, layer, number, self.ways)
+
+    def announce(self, rows: Sequence[Rows]) -> None:
+        """With several ranks: the next step is about to be agreed on, with these sequences' tokens of this rank."""
+        if isinstance(self.forecast, SharedForecast):
+            self.forecast.announce(rows)
 
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step of the engine, with these sequences' tokens."""
@@ -244,10 +282,11 @@ class Offload:
         self.forecast.begin_step(rows)
         self.store.fetch_ahead(self.forecast.wants(-1))
 
-    def _heard(self, by: str, nbytes: int, used: bool) -> None:
-        self.forecast.heard(by, nbytes, used)
-        if self.ways is not None:
-            self.ways.heard(by, used)
+    def _heard(self, by: Any, nbytes: int, used: bool) -> None:
+        if self.ways is not None and by == STREAM:
+            self.ways.heard(used)
+        else:
+            self.forecast.heard(by, nbytes, used)
 
     def forget(self) -> None:
         """Empties the store, as after the start: the warm-up is over."""
@@ -262,6 +301,11 @@ class Offload:
         ended = self.ways is None or self.ways.compute.close(READ_TIMEOUT_S)
         if self.store.close() and ended and self.source.host is not None:
             self.source.host.close()
+
+    def _not_read(self, layer: int) -> Any:
+        """[E] which experts of a layer this rank need not read: they are here, or other ranks have them."""
+        here_E = self.store.here(layer)
+        return here_E | self.forecast.elsewhere(layer) if isinstance(self.forecast, SharedForecast) else here_E
 
     def figures(self) -> dict[str, Any]:
         """The fields of `Stats` that are about the store."""
@@ -285,13 +329,32 @@ class OffloadedLayer:
     """A layer whose experts are in the store, MoE layer `number` of it."""
 
     def __init__(
-        self, store: ExpertStore, forecast: Forecast, layer: MoELayer, number: int, ways: MissWays | None = None
+        self,
+        store: ExpertStore,
+        source: CheckpointSource,
+        forecast: Forecast,
+        layer: MoELayer,
+        number: int,
+        ways: MissWays | None = None,
     ) -> None:
         self._store = store
+        self._source = source
         self._ways = ways
-        self._forecast = forecast
+        self.forecast = forecast
         self._layer = layer
         self._number = number
+
+    def routed(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        """The layer's router has chosen for this rank's tokens."""
+        self.forecast.routed(self._number, ids_TK, weights_TK)
+
+    def note(self) -> Note | None:
+        """What this rank tells the others when the router has chosen; None where predictions are not shared."""
+        forecast, number = self.forecast, self._number
+        if not isinstance(forecast, SharedForecast):
+            return None
+        mine_N = torch.from_numpy(forecast.say(number))
+        return Note(mine_N=mine_N, heard=lambda notes_PN: forecast.hear(number, notes_PN.numpy()))
 
     def run(
         self,
@@ -309,23 +372,20 @@ class OffloadedLayer:
         Raises ExpertUnreadable, ExpertLate and CpuExpertsFailed.
         """
         layer, counts = self._layer, counts_E.tolist()
-        if not any(counts):
-            return torch.zeros_like(x_TD)
-        if experts is None:  # of several ranks none sees all tokens that come to its experts
-            self._forecast.routed(self._number, ids_TK, weights_TK)
         used = [expert for expert, count in enumerate(counts) if count]
         choose = None
         if self._ways is not None:
             self._ways.begin(self._number, used, counts)
             choose = self._ways.chooser(self._number, counts)
-        visit = self._store.visit(self._number, used, self._forecast.future(), choose)
-        self._store.fetch_ahead(self._forecast.wants(self._number))
+        self._store.ask(self._number, used, choose)
+        if experts is None:
+            self.routed(ids_TK, weights_TK)
+        visit = self._store.visit(self._number, used, self.forecast.future())
+        self._store.fetch_ahead(self.forecast.wants(self._number))
+        if not used:
+            return torch.zeros_like(x_TD)
         # Experts are numbered in the order in which they run, so that each group's rows follow each other.
         order = (*visit.experts, *visit.elsewhere)
-        order_E = torch.full(counts_E.shape, -1)
-        order_E[list(order)] = torch.arange(len(order))
-        order_E = order_E.to(ids_TK.device)
-        order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
         starts = [0, *itertools.accumulate(counts[expert] for expert in order)]
         if experts is None:
             few = layer.takes_few_rows(ids_TK.numel(), len(counts))
@@ -334,12 +394,16 @@ class OffloadedLayer:
         y_RD = x_TD.new_empty(starts[-1], x_TD.shape[1])
         if layer.compiled:
             from ..kernels.grouped_linear import combine
-            from ..kernels.sort_rows import sort_rows
+            from ..kernels.sort_rows import sort_rows_in
 
-            rows = sort_rows(order_TK, len(order))
+            rows = sort_rows_in(order, ids_TK, len(counts))
             self._compute(visit, starts, few, deadline, x_TD, rows.token_R, y_RD)
             out_TD = combine(y_RD, rows.position_TK, weights_TK)
         else:
+            order_E = torch.full(counts_E.shape, -1)
+            order_E[list(order)] = torch.arange(len(order))
+            order_E = order_E.to(ids_TK.device)
+            order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
             local = LocalDispatcher(len(order))
             token_R, _, state = local.route(order_TK, weights_TK)
             self._compute(visit, starts, few, deadline, x_TD, token_R, y_RD)
@@ -367,8 +431,9 @@ class OffloadedLayer:
         for places in visit:
             rows = starts[done : done + len(places) + 1]
             low, high = rows[0], rows[-1]
-            compute = few_rows if few else many_rows
-            y_RD[low:high] = compute(layer, layer.pool, x_TD, token_R[low:high], [row - low for row in rows], places)
+            rows_of = few_rows if few else many_rows
+            weights = [self._source.weights(place) for place in places]
+            y_RD[low:high] = rows_of(layer, x_TD, token_R[low:high], [row - low for row in rows], weights)
             done += len(places)
             if done < len(visit.experts) and time.monotonic() > deadline:
                 raise ExpertLate(

@@ -63,8 +63,8 @@ class Want:
     expert: int
     chance: float
     priority: Priority = Priority.NEXT_LAYER
-    by: str = ""
-    """Who says so."""
+    by: Any = None
+    """Who says so, for `ExpertStore.heard`."""
 
 
 @dataclass(kw_only=True)
@@ -104,6 +104,17 @@ Choose = Callable[[Sequence[int], Sequence[int], Sequence[int]], tuple[Sequence[
 in this order, and which are computed elsewhere."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Asked:
+    """What a router has asked for last, in the order in which it comes: `waiting` have no place yet."""
+
+    layer: int
+    need: list[int]
+    order: list[int]
+    elsewhere: Sequence[int]
+    waiting: deque[Place]
+
+
 class Visit:
     """A layer's experts in the order in which they run: `experts`, and groups of their places as they become ready.
 
@@ -136,7 +147,7 @@ class ExpertStore:
         """How long a layer may wait for one expert."""
         self.most_used = 0
         """Most bytes that were in use at once: places with an expert in them or on the way, and reads' buffers."""
-        self.heard: Callable[[str, int, bool], None] = lambda by, nbytes, used: None
+        self.heard: Callable[[Any, int, bool], None] = lambda by, nbytes, used: None
         """Is told who had bytes read ahead, and whether they were used."""
         self._policy = policy
         self._source = source
@@ -147,6 +158,7 @@ class ExpertStore:
         self._ahead: list[_Held] = []
         self._in_use: list[_Held] = []
         """Of the layer that runs."""
+        self._asked: _Asked | None = None
         self._later: dict[Place, None] = {}
         """Who has a slot and was computed elsewhere, in order: they are read when no layer waits for reads."""
         self._behind: list[_Held] = []
@@ -161,8 +173,8 @@ class ExpertStore:
         return frozenset(self._resident)
 
     def here(self, layer: int) -> Any:
-        """[E] whom the policy gives a slot."""
-        return self._policy.resident_LE[layer]
+        """[E] whom the policy gives a slot: a view, for reading."""
+        return self._policy.residents_of(layer)
 
     def has(self, layer: int, expert: int) -> bool:
         """Whether an expert has a place: it is there, or on its way."""
@@ -186,19 +198,46 @@ class ExpertStore:
         self._free.sort(reverse=True)
         self._stays.clear()
 
-    def visit(self, layer: int, experts: Iterable[int], scores_LE: Any = None, choose: Choose | None = None) -> Visit:
-        """One event: a layer needs these experts. Those that are here run first, then the others as they come.
+    def ask(self, layer: int, experts: Iterable[int], choose: Choose | None = None) -> None:
+        """The router of a layer has chosen these experts: reads begin, for as many as there is room for now. `visit`
+        follows, with the same; what is worked out in between costs no time while the disk is at work.
 
-        `scores_LE` are for a policy that goes by predicted use. With `choose` some of the missing ones are not waited
-        for; those of them that the policy gives a slot are read when the layer has all others. The groups raise what
-        the source does, and ExpertLate.
+        With `choose` some of the missing ones are not waited for; those of them that the policy gives a slot are read
+        when the layer has all others.
         """
         self._break_off()
-        self._settle()
+        self._settle_behind()
         need = sorted(set(experts))
         for held in [h for h in self._ahead if h.at[0] == layer]:
             if held.at[1] not in need or not _fine(held):
                 self._drop(held)
+        known = [expert for expert in need if (layer, expert) in self._held]
+        for held in (self._held[layer, expert] for expert in known):
+            if held.want is not None:
+                self._claim(held)
+            elif held.read is not None:
+                self._behind.remove(held)
+                self._source.promote(held.read, Priority.DEMAND)
+            self._in_use.append(held)
+        missing: Sequence[int] = [expert for expert in need if expert not in known]
+        elsewhere: Sequence[int] = ()
+        if choose is not None:
+            here = [expert for expert in known if self._held[layer, expert].read is None]
+            missing, elsewhere = choose(here, [expert for expert in known if expert not in here], missing)
+        waiting = deque((layer, expert) for expert in missing)
+        self._asked = _Asked(layer=layer, need=need, order=[*known, *missing], elsewhere=elsewhere, waiting=waiting)
+        self._start(waiting)
+
+    def visit(self, layer: int, experts: Iterable[int], scores_LE: Any = None) -> Visit:
+        """One event: a layer needs these experts. Those that are here run first, then the others as they come.
+
+        `scores_LE` are for a policy that goes by predicted use. The groups raise what the source does, and ExpertLate.
+        """
+        need = sorted(set(experts))
+        if self._asked is None or (self._asked.layer, self._asked.need) != (layer, need):
+            self.ask(layer, need)
+        assert self._asked is not None
+        asked, self._asked = self._asked, None
         decision = self._policy.step(layer, need, Context(step=self.step, scores_LE=scores_LE))
         self._stays.difference_update(decision.evicted)
         for at in decision.evicted:
@@ -206,30 +245,18 @@ class ExpertStore:
                 self._drop(self._held[at])
         assert all(at[0] == layer for at in decision.admitted), "only who is in memory now can stay"
         self._stays.update(decision.admitted)
-        known = [self._held[layer, expert] for expert in need if (layer, expert) in self._held]
-        for held in known:
-            if held.want is not None:
-                self._claim(held)
-            elif held.read is not None:
-                self._behind.remove(held)
-                self._source.promote(held.read, Priority.DEMAND)
-        self._in_use += known
-        here = [held.at[1] for held in known if held.read is None]
-        gone = [expert for expert in need if expert not in here]
-        # What is on its way comes first, then those that stay.
-        gone.sort(key=lambda e: ((layer, e) not in self._held, (layer, e) not in self._stays, e))
+        for at in decision.admitted:
+            if (held := self._held.get(at)) is not None and held.read is None:
+                self._settle(at)
+        self._later |= {(layer, expert): None for expert in asked.elsewhere if (layer, expert) in self._stays}
+        self._start(asked.waiting)
+        reading = [expert for expert in need if expert not in asked.elsewhere]
+        here = [e for e in reading if (held := self._held.get((layer, e))) is not None and held.read is None]
+        gone = [expert for expert in asked.order if expert not in here]
         hits = len(set(decision.hits) & set(here))  # who was computed elsewhere may have a slot and not be there yet
         self.figures.hits += hits
         self.figures.misses += len(need) - hits
-        elsewhere: Sequence[int] = ()
-        if choose is not None:
-            coming = [expert for expert in gone if (layer, expert) in self._held]
-            missing, elsewhere = choose(here, coming, gone[len(coming) :])
-            gone = [*coming, *missing]
-            self._later |= {(layer, expert): None for expert in elsewhere if (layer, expert) in self._stays}
-        waiting = deque((layer, expert) for expert in gone if (layer, expert) not in self._held)
-        self._start(waiting)
-        return Visit((*here, *gone), self._groups(layer, here, gone, waiting), elsewhere)
+        return Visit((*here, *gone), self._groups(layer, here, gone, asked.waiting), asked.elsewhere)
 
     def fetch_ahead(self, wants: Iterable[Want], most: int | None = None) -> None:
         """Reads experts before a router asks for them, those given first before the others, as many as there is room
@@ -306,7 +333,7 @@ class ExpertStore:
                 self._behind.append(self._read(at, priority=Priority.BACKGROUND))
         self._account()
 
-    def _settle(self) -> None:
+    def _settle_behind(self) -> None:
         """What became of those that were read behind the layers."""
         self._behind = [held for held in self._behind if self._held.get(held.at) is held]
         for held in list(self._behind):
@@ -359,9 +386,13 @@ class ExpertStore:
         held.read = None
         self.figures.read_bytes += self._source.nbytes(*held.at)
         if held.at in self._stays:
-            self._resident.add(held.at)
-            self.figures.admitted_bytes += self.size.expert
+            self._settle(held.at)
         self._account()
+
+    def _settle(self, at: Place) -> None:
+        """It is there, and stays."""
+        self._resident.add(at)
+        self.figures.admitted_bytes += self.size.expert
 
     def _release(self, group: Sequence[_Held]) -> None:
         """A layer has computed them."""
@@ -414,6 +445,7 @@ class ExpertStore:
 
     def _break_off(self) -> None:
         """After a visit that did not come to its end: only what stays and is there remains."""
+        self._asked = None
         for held in self._in_use:
             if held.read is not None or held.at not in self._stays:
                 self._drop(held)
@@ -424,7 +456,7 @@ class ExpertStore:
         self.figures.resident_bytes = len(self._resident) * size.expert
         used = len(self._held) + len(self._leaving)
         assert used + len(self._free) == size.places and len(self._stays) <= size.slots
-        self.most_used = max(self.most_used, used * size.expert + size.reading)
+        self.most_used = max(self.most_used, used * size.place + size.reading)
 
 
 def _fine(held: _Held) -> bool:

@@ -17,10 +17,11 @@ from test_parity import generate, prompts, reference
 
 from moeyard.engine import engine as engine_module
 from moeyard.engine import host_compute, miss_ways, moe, offload
-from moeyard.engine.config import EngineConfig
+from moeyard.engine.config import EngineConfig, parse_budget
 from moeyard.engine.engine import Engine
 from moeyard.engine.host_experts import host_budget
 from moeyard.engine.step_reads import ReadFailed, StepReads
+from moeyard.engine.store_size import share_out
 from moeyard.launch.metrics import Metrics
 from moeyard.scheduler.cost import ExpertCost, LinkCost
 from moeyard.scheduler.misses import MissCosts
@@ -50,8 +51,14 @@ def make(monkeypatch):
 
     def planned(share, misses):
         def plan(config, blueprint):
-            found = plan_offload(config, blueprint)
-            return dataclasses.replace(found, host_bytes=int(share * blueprint.footprint.experts), misses=misses)
+            found, whole = plan_offload(config, blueprint), blueprint.footprint
+            size = share_out(parse_budget(config.expert_memory, whole.experts), whole.expert, 0)  # as on a GPU
+            budget = dataclasses.replace(
+                found.budget, slots=size.slots, floor=min(found.budget.floor, size.slots // found.budget.layers)
+            )
+            host_bytes = int(share * whole.experts)
+            changes = {"size": size, "budget": budget, "in_place": False, "host_bytes": host_bytes, "misses": misses}
+            return dataclasses.replace(found, **changes)
 
         return plan
 
@@ -109,8 +116,8 @@ def check(engine, case, wanted):
     """
     _, ids, expected = case
     store = engine._offload.store
-    settle = store._settle
-    store._settle = lambda: (wait([held.read for held in store._behind if held.read], 30), settle())
+    settle = store._settle_behind
+    store._settle_behind = lambda: (wait([held.read for held in store._behind if held.read], 30), settle())
     tokens, logits = logits_of(engine, ids)
     assert tokens == expected
     tolerance = {"rtol": 0, "atol": 0} if engine._experts.layers[0].swiglu else {"rtol": 1e-4, "atol": 1e-4}

@@ -273,7 +273,8 @@ def test_who_is_computed_elsewhere_is_not_waited_for_and_gets_its_slot_when_the_
     store, fake = make(slots=3, staging=2)
     run(store, fake, 0, [1])
     seen = []
-    visit = store.visit(0, [1, 2, 5, 6], choose=lambda *lists: seen.append(lists) or ([6], [5, 2]))
+    store.ask(0, [1, 2, 5, 6], lambda *lists: seen.append(lists) or ([6], [5, 2]))
+    visit = store.visit(0, [1, 2, 5, 6])
     assert seen == [([1], [], [2, 5, 6])]
     assert (visit.experts, visit.elsewhere) == ((1, 6), [5, 2])
     groups = [[fake.contents[place] for place in places] for places in visit]
@@ -296,7 +297,8 @@ def test_a_read_behind_the_layers_becomes_urgent_is_done_again_or_given_up(make)
 
     def behind(layer, experts):
         fake.go.clear()
-        list(store.visit(layer, experts, choose=elsewhere))
+        store.ask(layer, experts, elsewhere)
+        list(store.visit(layer, experts))
         assert {held.at for held in store._behind} == {(layer, e) for e in experts}
 
     behind(0, [1, 2])
@@ -345,7 +347,8 @@ def test_whoever_is_computed_elsewhere_the_others_are_in_their_places(events, sl
         for layer, experts, new_step in events:
             if new_step:
                 store.begin_step()
-            visit = store.visit(layer, experts, scores(store), choose)
+            store.ask(layer, experts, choose)
+            visit = store.visit(layer, experts, scores(store))
             ran = [fake.contents[place] for places in visit for place in places]
             assert ran == [(layer, expert) for expert in visit.experts]
             assert sorted((*visit.experts, *visit.elsewhere)) == sorted(set(experts))

@@ -6,6 +6,7 @@ L: MoE layers, E: experts of a layer, T: tokens of a step, K: experts per token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from ..readers import Priority
 from ..store import Want
 from .base import Floats, Predictor, Rows
 from .meter import Meter
+
+DEPTH = 4
+"""Layers about which is asked at a time."""
 
 
 class Forecast:
@@ -38,11 +42,10 @@ class Forecast:
         experts: int,
         *,
         least_chance: float,
-        depth: int = 4,
+        depth: int = DEPTH,
     ) -> None:
         self.meters = [*trained, *others]
         self._trained = list(trained)
-        self._by_name = {meter.name: meter for meter in self.meters}
         self.beside: list[Predictor] = []
         """Are told the same, and asked by `next_of` alone, after the others."""
         self._layers = layers
@@ -66,10 +69,12 @@ class Forecast:
         """A router has chosen: ids in any order with their weights, -1 for none."""
         if not self._all or not self._running:
             return
-        worth_TK = weights_TK.float().masked_fill(ids_TK < 0, -torch.inf)
-        sorted_TK = ids_TK.gather(-1, worth_TK.argsort(dim=-1, descending=True, stable=True)).cpu().numpy()
+        if any(predictor.ordered for predictor in self._all):
+            worth_TK = weights_TK.float().masked_fill(ids_TK < 0, -torch.inf)
+            ids_TK = ids_TK.gather(-1, worth_TK.argsort(dim=-1, descending=True, stable=True))
+        chosen_TK = ids_TK.cpu().numpy()
         for predictor in self._all:
-            predictor.routed(layer, sorted_TK)
+            predictor.routed(layer, chosen_TK)
 
     def end_step(self) -> None:
         if self._running:
@@ -80,10 +85,9 @@ class Forecast:
         for predictor in self._all:
             predictor.forget(request_id)
 
-    def heard(self, by: str, nbytes: int, used: bool) -> None:
-        """What became of bytes that were read ahead."""
-        if by in self._by_name:
-            self._by_name[by].heard(nbytes, used)
+    def heard(self, by: Any, nbytes: int, used: bool) -> None:
+        """What became of bytes that were read ahead on the word of `meters[by]`."""
+        self.meters[by].heard(nbytes, used)
 
     def future(self) -> Floats:
         """[L, E] discounted uses; zeros while nobody knows."""
@@ -104,25 +108,27 @@ class Forecast:
         if not self._running:
             return
         for ahead in range(layer + 1, min(layer + 1 + self._depth, self._layers)):
-            name, chance_E = self._ask(ahead, every=ahead == layer + 1)
+            by, chance_E = self._ask(ahead, every=ahead == layer + 1)
             if chance_E is None:
                 continue
             priority = Priority.NEXT_LAYER if ahead == layer + 1 else Priority.LATER
             for expert in np.argsort(-chance_E, kind="stable").tolist():
                 if chance_E[expert] < self._least:
                     break
-                yield Want(layer=ahead, expert=expert, chance=float(chance_E[expert]), priority=priority, by=name)
+                yield Want(layer=ahead, expert=expert, chance=float(chance_E[expert]), priority=priority, by=by)
 
     def figures(self) -> dict[str, list[float]]:
         """`Stats.predictors`."""
         return {meter.name: meter.measured().to_list() for meter in self.meters}
 
-    def _ask(self, layer: int, every: bool) -> tuple[str, Floats | None]:
-        """The best one's word; `every` asks all where their words are compared, so that it is known who that is."""
-        best: tuple[str, Floats | None] = ("", None)
-        for meter in sorted(self.meters, key=lambda m: -m.recall):
+    def _ask(self, layer: int, every: bool) -> tuple[int, Floats | None]:
+        """The best one's number and word; `every` asks all where their words are compared, so that it is known who that
+        is.
+        """
+        best: tuple[int, Floats | None] = (0, None)
+        for by, meter in sorted(enumerate(self.meters), key=lambda it: -it[1].recall):
             if best[1] is not None and not (every and meter.compares):
                 break
             if meter.reads and (chance_E := meter.upcoming(layer)) is not None and best[1] is None:
-                best = meter.name, chance_E
+                best = by, chance_E
         return best

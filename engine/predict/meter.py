@@ -162,7 +162,7 @@ class Meter(Predictor):
     ) -> None:
         assert ns_per_byte >= 0
         self.predictor = predictor
-        self.name = predictor.name
+        self.name, self.ordered = predictor.name, predictor.ordered
         self._ns_per_byte = ns_per_byte
         self._resident = resident
         self._least = least_chance

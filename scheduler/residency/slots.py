@@ -102,6 +102,8 @@ class Policy(ABC):
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self._resident_LE: Booleans = np.zeros((budget.layers, budget.experts), dtype=bool)
+        self._seen_LE = self._resident_LE.view()
+        self._seen_LE.flags.writeable = False
         self._count_L: Integers = np.zeros(budget.layers, dtype=np.int64)
         self._keep_LE: Booleans = np.zeros_like(self._resident_LE)
         """Who is in use and must stay."""
@@ -116,6 +118,10 @@ class Policy(ABC):
     def resident_LE(self) -> Booleans:
         """[L, E] who is there now; a copy."""
         return self._resident_LE.copy()
+
+    def residents_of(self, layer: int) -> Booleans:
+        """[E] who of a layer is there, at any time: a view, which cannot be written to."""
+        return self._seen_LE[layer]
 
     def step(self, layer: int, experts: Iterable[int], context: Context) -> Decision:
         """One event: looks up `experts` of `layer`, then decides what to admit and what to evict for it.
