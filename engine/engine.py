@@ -51,6 +51,7 @@ from .own_experts import OwnExperts
 from .parallel import Parallel, Seat, balance_planner, check_alike, first_tables
 from .params import SamplingParams
 from .predict.base import Rows
+from .predict.routers import RouterWatch
 from .progress import Progress
 from .recorder import RoutingRecorder
 from .resolve import resolve_model
@@ -188,6 +189,10 @@ class Engine:
         """Records the routing of all that this rank computes from now on."""
         self._experts.recorder = RoutingRecorder([layer.top_k for layer in self.spec.experts])
         return self._experts.recorder
+
+    def watch_routers(self) -> RouterWatch:
+        """Sees in the next steps, up to its `settle`, how the layers come from the residual stream to their routers."""
+        return RouterWatch(self._model, self.spec)
 
     def place(self, version: int, tables: Sequence[Any]) -> None:
         """Move the experts to these tables. Raises ValueError for tables that are not this model's."""

@@ -204,7 +204,9 @@ class Offload:
         self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
         chosen = plan.predictors
-        self._look_ahead = LookAhead(blueprint.model, blueprint.spec, LOOK_AHEAD) if chosen.look_ahead else None
+        self._look_ahead = None
+        if chosen.look_ahead:
+            self._look_ahead = LookAhead(blueprint.model, blueprint.spec, LOOK_AHEAD, ridge=chosen.ridge)
         untrained = [*([self._look_ahead] if self._look_ahead is not None else []), *chosen.others]
         ns_per_byte = host.ns_per_byte if host is not None else plan.read_ns_per_byte
 

@@ -216,8 +216,9 @@ def test_recall_counts_what_is_used():
         (["--trace", "t.npz", "--epochs", "0"], "--epochs is 0; it must be at least 1"),
         (
             ["--trace", "t.npz", "--predictors", "ridge"],
-            "--predictors is 'ridge'; give different ones of next_use, path",
+            "--predictors is 'ridge'; give different ones of next_use, path, look_ahead",
         ),
+        (["--trace", "t.npz", "--predictors", "look_ahead"], "--predictors look_ahead needs --text"),
         (
             ["--trace", "t.npz", "--predictors", "next_use", "--epochs", "3"],
             "--epochs is of use for the predictor path",
