@@ -139,6 +139,8 @@ class ExpertStore:
         self._resident: set[Place] = set()
         self._held: dict[Place, _Held] = {}
         self._ahead: list[_Held] = []
+        self._wanted: deque[Want] = deque()
+        """What there was no room to read ahead when it was asked for."""
         self._in_use: list[_Held] = []
         """Of the layer that runs."""
         self._leaving: list[_Held] = []
@@ -176,6 +178,7 @@ class ExpertStore:
         `scores_LE` are for a policy that goes by predicted use. The groups raise what the source does, and ExpertLate.
         """
         self._break_off()
+        self._wanted.clear()
         need = sorted(set(experts))
         for held in [h for h in self._ahead if h.at[0] == layer]:
             if held.at[1] not in need or not _fine(held):
@@ -204,8 +207,10 @@ class ExpertStore:
 
     def fetch_ahead(self, wants: Iterable[Want]) -> None:
         """Reads experts before a router asks for them, those given first before the others, as many as there is room
-        for; what has a smaller chance makes room. They wait for all that a router has asked for.
+        for; what has a smaller chance makes room. They wait for all that a router has asked for. What there is no
+        room for now is read when the layer that runs gives up places, up to the next visit.
         """
+        self._wanted.clear()
         for want in wants:
             at = want.layer, want.expert
             if (held := self._held.get(at)) is not None:
@@ -217,12 +222,15 @@ class ExpertStore:
             if len(self._ahead) >= self.size.ahead:
                 least = min(self._ahead, key=_chance, default=None)
                 if least is None or _chance(least) >= want.chance:
+                    self._wanted.append(want)
                     continue
                 self._drop(least)
             if len(self._free) < 2:  # one is for those that a layer waits for
                 self._reclaim()
             if len(self._free) > 1:
                 self._ahead.append(self._read(at, want))
+            else:
+                self._wanted.append(want)
         self._account()
 
     def close(self) -> bool:
@@ -263,6 +271,10 @@ class ExpertStore:
             if not self._free:
                 break
             self._in_use.append(self._read(waiting.popleft()))
+        while not waiting and self._wanted and len(self._ahead) < self.size.ahead and len(self._free) > 1:
+            want = self._wanted.popleft()
+            if (want.layer, want.expert) not in self._held:
+                self._ahead.append(self._read((want.layer, want.expert), want))
         self._account()
 
     def _read(self, at: Place, want: Want | None = None) -> _Held:
