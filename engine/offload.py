@@ -31,6 +31,7 @@ from .host_experts import HostExperts, host_budget
 from .measure_disk import disk_constants
 from .predict.base import Predictor, Rows
 from .predict.choose import Chosen, predictors_for
+from .predict.exact import Exact
 from .predict.forecast import Forecast
 from .predict.look_ahead import LookAhead
 from .predict.meter import Meter
@@ -207,10 +208,11 @@ class Offload:
         self._look_ahead = None
         if chosen.look_ahead:
             self._look_ahead = LookAhead(blueprint.model, blueprint.spec, LOOK_AHEAD, ridge=chosen.ridge)
+        self._exact = Exact(blueprint.model, blueprint.spec) if chosen.exact else None
         untrained = [*([self._look_ahead] if self._look_ahead is not None else []), *chosen.others]
         ns_per_byte = host.ns_per_byte if host is not None else plan.read_ns_per_byte
 
-        def meter(predictor: Predictor, judged: bool) -> Meter:
+        def meter(predictor: Predictor, judged: bool = True) -> Meter:
             return Meter(
                 predictor,
                 ns_per_byte=ns_per_byte,
@@ -221,11 +223,12 @@ class Offload:
 
         self.forecast = Forecast(
             [meter(predictor, False) for predictor in chosen.trained],
-            [meter(predictor, True) for predictor in untrained],
+            [meter(predictor) for predictor in untrained],
             plan.budget.layers,
             plan.budget.experts,
             least_chance=LEAST_CHANCE,
         )
+        self._meter = meter
         self.store.heard = self.forecast.heard
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number)
@@ -240,6 +243,11 @@ class Offload:
         """Empties the store, as after the start: the warm-up is over."""
         if self._look_ahead is not None:
             self._look_ahead.settle()
+        if self._exact is not None:
+            self._exact.settle()
+            if self._exact.layers:
+                self.forecast.add(self._meter(self._exact))
+            self._exact = None
         self.store.forget(self.plan.policy())
 
     def close(self) -> None:

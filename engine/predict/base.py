@@ -38,6 +38,8 @@ class Predictor:
 
     name: str = ""
     """In metrics and logs, with underscores: `next_use`."""
+    exact: bool = False
+    """Whether what it says of a layer is known, not guessed: nobody else is asked about that layer then."""
 
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step begins. Its tokens are known, its routing is not."""

@@ -27,6 +27,8 @@ class Chosen:
     others: list[Predictor] = field(default_factory=list)
     look_ahead: bool = False
     ridge: StreamRidge | None = None
+    exact: bool = False
+    """And what routers choose by token ids alone is known."""
 
 
 def predictors_for(option: str, fingerprint: str, layers: int, experts: int) -> Chosen:
@@ -52,7 +54,7 @@ def predictors_for(option: str, fingerprint: str, layers: int, experts: int) -> 
         trained.append(PathPredictor(made) if isinstance(made, PathNetwork) else LiveNextUse(made))
     # Where something was trained, what needs no training is only in the way: it is less often right.
     others: list[Predictor] = [] if trained else [Coactivation(layers, experts), DecayedCounts(layers, experts)]
-    return Chosen(trained=trained, others=others, look_ahead=option == "auto", ridge=ridge)
+    return Chosen(trained=trained, others=others, look_ahead=option == "auto", ridge=ridge, exact=option == "auto")
 
 
 def _named(option: str, fingerprint: str, layers: int, experts: int) -> Trained:

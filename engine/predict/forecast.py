@@ -20,7 +20,7 @@ class Forecast:
     """Owns the predictors and tells them how each step goes.
 
     About a layer the one is asked that was right most often of late, of those that know of it and whose word is worth
-    reading ahead.
+    reading ahead. Who does not guess goes before them, and is asked about all layers to come.
 
     Args:
         trained: who says which experts are worth a slot: the mean of them. They err differently, and the mean is better
@@ -50,6 +50,11 @@ class Forecast:
         self._depth = depth
         self._none_LE: Floats = np.zeros((layers, experts), dtype=np.float32)
         self._running = False
+
+    def add(self, meter: Meter) -> None:
+        """One more that only says what is next; between steps."""
+        self.meters.append(meter)
+        self._by_name[meter.name] = meter
 
     @property
     def _all(self) -> list[Predictor]:
@@ -103,8 +108,9 @@ class Forecast:
         """What the layers after one will probably need: the next layer first, in each the most probable first."""
         if not self._running:
             return
-        for ahead in range(layer + 1, min(layer + 1 + self._depth, self._layers)):
-            name, chance_E = self._ask(ahead, every=ahead == layer + 1)
+        exact = any(meter.exact for meter in self.meters)
+        for ahead in range(layer + 1, self._layers if exact else min(layer + 1 + self._depth, self._layers)):
+            name, chance_E = self._ask(ahead, every=ahead == layer + 1, guess=ahead <= layer + self._depth)
             if chance_E is None:
                 continue
             priority = Priority.NEXT_LAYER if ahead == layer + 1 else Priority.LATER
@@ -117,11 +123,13 @@ class Forecast:
         """`Stats.predictors`."""
         return {meter.name: meter.measured().to_list() for meter in self.meters}
 
-    def _ask(self, layer: int, every: bool) -> tuple[str, Floats | None]:
-        """The best one's word; `every` asks all where their words are compared, so that it is known who that is."""
+    def _ask(self, layer: int, every: bool, guess: bool) -> tuple[str, Floats | None]:
+        """The best one's word; `every` asks all where their words are compared, so that it is known who that is.
+        Without `guess` only who knows.
+        """
         best: tuple[str, Floats | None] = ("", None)
-        for meter in sorted(self.meters, key=lambda m: -m.recall):
-            if best[1] is not None and not (every and meter.compares):
+        for meter in sorted(self.meters, key=lambda m: (not m.exact, -m.recall)):
+            if not (guess or meter.exact) or (best[1] is not None and not (every and meter.compares)):
                 break
             if meter.reads and (chance_E := meter.upcoming(layer)) is not None and best[1] is None:
                 best = meter.name, chance_E

@@ -163,6 +163,7 @@ class Meter(Predictor):
         assert ns_per_byte >= 0
         self.predictor = predictor
         self.name = predictor.name
+        self.exact = predictor.exact
         self._ns_per_byte = ns_per_byte
         self._resident = resident
         self._least = least_chance
