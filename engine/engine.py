@@ -326,6 +326,15 @@ class Engine:
         with contextlib.suppress(ReadFailed):  # those say so whose tokens they were
             self._parallel.settle_reads()
 
+    def tend(self) -> bool:
+        """What goes on in the background; to be called now and then while there is no work. Whether there is more."""
+        return self._offload is not None and self._offload.tend()
+
+    def remember(self) -> None:
+        """The end of serving: keeps what makes the next start quicker."""
+        if self._offload is not None and self._parallel is None:
+            self._offload.remember()
+
     def stats(self, with_experts: bool) -> Stats:
         counted: dict[str, Any] = {f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()}
         counted |= self._parallel.figures() if self._parallel else {}

@@ -18,12 +18,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..kernels.expert_loop import expert_loop
 from ..scheduler.placement import slots_needed
 from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedNow, default_policy
+from ..scheduler.residency.preload import preload_order
 from ..scheduler.residency.slots import Budget, Policy
+from . import usage
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher
 from .expert_files import AlignedBuffer, ExpertFiles
@@ -74,6 +77,8 @@ class OffloadPlan:
     predictors: Chosen
     read_ns_per_byte: float
     """Of the checkpoint's files."""
+    used_LE: Any = None
+    """How often each expert was used before, None where that is not known."""
     host_bytes: int | None = None
     """Of host memory for experts beside the device's; None where the device is the host."""
 
@@ -138,6 +143,7 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         residency=residency,
         predictors=predictors,
         read_ns_per_byte=1e9 / disk.bytes_per_s,
+        used_LE=usage.load(fingerprint, len(specs), experts) if ranks == 1 else None,
         host_bytes=host_bytes,
     )
 
@@ -229,6 +235,9 @@ class Offload:
             least_chance=LEAST_CHANCE,
         )
         self._meter = meter
+        self._layers = layers
+        self._fingerprint = blueprint.weights.checkpoint.fingerprint
+        self._filling = False
         self.store.heard = self.forecast.heard
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number)
@@ -236,6 +245,7 @@ class Offload:
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step of the engine, with these sequences' tokens."""
         self.store.begin_step()
+        self.tend()
         self.forecast.begin_step(rows)
         self.store.fetch_ahead(self.forecast.wants(-1))
 
@@ -249,6 +259,25 @@ class Offload:
                 self.forecast.add(self._meter(self._exact))
             self._exact = None
         self.store.forget(self.plan.policy())
+        if self.plan.used_LE is not None:
+            order = preload_order(self.plan.used_LE, self.plan.budget)
+            log.info("filling empty slots with %d experts that were used most before, as the disk has time", len(order))
+            self._filling = True
+            self.store.preload(order)
+
+    def tend(self) -> bool:
+        """Goes on with filling empty slots. Whether there is more to do."""
+        if self._filling and not (more := self.store.tend()):
+            self._filling = more
+            log.info("%d slots were filled before they were asked for", self.store.figures.preloaded)
+        return self._filling
+
+    def remember(self) -> None:
+        """Keeps how often each expert was used, for the next start. Of one rank alone."""
+        counts_LE = np.zeros((self.plan.budget.layers, self.plan.budget.experts), dtype=np.int64)
+        for layer, counts in zip(self._layers, counts_LE, strict=True):
+            counts[: len(layer.counts_E)] = layer.counts_E.cpu().numpy()
+        usage.add(self._fingerprint, counts_LE)
 
     def close(self) -> None:
         """Ends reading. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
@@ -267,6 +296,7 @@ class Offload:
             "expert_ahead_ready": figures.ahead_ready,
             "expert_ahead_bytes": figures.ahead_bytes,
             "expert_ahead_used_bytes": figures.ahead_used_bytes,
+            "expert_preloaded": figures.preloaded,
             "expert_wait_ns": figures.waited_ns,
             "predictors": self.forecast.figures(),
         }

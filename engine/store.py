@@ -3,7 +3,8 @@
 All layers share one set of places. A residency policy (`scheduler.residency`) decides which experts keep theirs. Every
 read goes to a free place; an admitted expert stays where it was read, and the place of the one that it drives out
 becomes free, so nothing is copied in memory. What is left free is for experts that pass through, and for those that are
-read ahead of the router's choice: these are the first to go when a place is needed.
+read ahead of the router's choice: these are the first to go when a place is needed. Slots that are empty after the
+start are filled while the disk has nothing else to do.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from ..scheduler.residency.slots import Context, Place, Policy
 from .readers import Priority
 from .store_size import StoreSize
 
+EARLY = 8
+"""Experts that are read at a time into empty slots: enough that the disk need not wait for the next call of `tend`."""
 READ_TIMEOUT_S = 60.0
 """How long a layer may wait for one expert."""
 
@@ -73,7 +76,8 @@ class StoreFigures:
 
     `read_bytes` were read from the checkpoint, `admitted_bytes` are of the experts that were given a slot thereby. Of
     the misses, `ahead` had been asked for before the router chose, and `ahead_ready` of these were there by then.
-    `ahead_bytes` were read ahead, `ahead_used_bytes` of them for experts that were then used.
+    `ahead_bytes` were read ahead, `ahead_used_bytes` of them for experts that were then used. `preloaded` were given a
+    slot that was empty before a router asked for them.
     """
 
     hits: int = 0
@@ -85,6 +89,7 @@ class StoreFigures:
     ahead_ready: int = 0
     ahead_bytes: int = 0
     ahead_used_bytes: int = 0
+    preloaded: int = 0
     waited_ns: int = 0
     """Time in which layers waited for experts and computed nothing."""
 
@@ -139,6 +144,10 @@ class ExpertStore:
         self._resident: set[Place] = set()
         self._held: dict[Place, _Held] = {}
         self._ahead: list[_Held] = []
+        self._early: list[_Held] = []
+        """On their way to slots that are empty, those given first before the others."""
+        self._order: deque[Place] = deque()
+        """Who comes after them."""
         self._wanted: deque[Want] = deque()
         """What there was no room to read ahead when it was asked for."""
         self._in_use: list[_Held] = []
@@ -166,6 +175,7 @@ class ExpertStore:
         for held in list(self._held.values()):
             self._drop(held)
         self._in_use.clear()
+        self._order.clear()
         while self._leaving:
             self._wait_for_a_place()
         self._policy, self.figures, self.step = policy, StoreFigures(), -1
@@ -190,6 +200,8 @@ class ExpertStore:
                 self._drop(self._held[at])
         assert all(at[0] == layer for at in decision.admitted), "only who is in memory now can stay"
         self._stays.update(decision.admitted)
+        while self._early and len(self._stays) + len(self._early) > self.size.slots:
+            self._drop(self._early[-1])
         known = [self._held[layer, expert] for expert in need if (layer, expert) in self._held]
         for held in known:
             if held.want is not None:
@@ -214,7 +226,9 @@ class ExpertStore:
         for want in wants:
             at = want.layer, want.expert
             if (held := self._held.get(at)) is not None:
-                if held.want is not None:
+                if held in self._early:
+                    self._source.promote(held.read, want.priority)
+                elif held.want is not None:
                     held.want = want
                     if held.read is not None:
                         self._source.promote(held.read, want.priority)
@@ -232,6 +246,36 @@ class ExpertStore:
             else:
                 self._wanted.append(want)
         self._account()
+
+    def preload(self, order: Iterable[Place]) -> None:
+        """Reads these into slots that are empty while nobody waits for the disk; `tend` does it."""
+        self._order = deque(order)
+
+    def tend(self) -> bool:
+        """Goes on with preloading: between steps, and now and then while there are none. Whether there is more."""
+        for held in [held for held in self._early if held.read is not None and held.read.done()]:
+            if not _fine(held):
+                self._order.clear()  # those who need it will say why
+                self._drop(held)
+            elif not self._policy.place(*held.at):
+                self._drop(held)
+            else:
+                self._early.remove(held)
+                held.want = None
+                self._stays.add(held.at)
+                self.figures.preloaded += 1
+                self._arrived(held)
+        while self._order and len(self._early) < EARLY:
+            if len(self._stays) + len(self._early) >= self.size.slots or len(self._free) < 2:
+                break
+            if self._order[0] not in self._held:
+                want = Want(layer=self._order[0][0], expert=self._order[0][1], chance=0.0, priority=Priority.BACKGROUND)
+                self._early.append(self._read(self._order[0], want))
+            self._order.popleft()
+        if len(self._stays) >= self.size.slots:
+            self._order.clear()
+        self._account()
+        return bool(self._order or self._early)
 
     def close(self) -> bool:
         """Ends reading; what has not started is not read. False if a read did not end in time."""
@@ -266,6 +310,8 @@ class ExpertStore:
         while waiting:
             if not self._free:
                 self._reclaim()
+            if not self._free and self._early:
+                self._drop(self._early[-1])
             if not self._free and self._ahead:
                 self._drop(min(self._ahead, key=lambda held: (_runs(held), _chance(held))))
             if not self._free:
@@ -286,15 +332,18 @@ class ExpertStore:
     def _claim(self, held: _Held) -> None:
         """A router asks for what was read ahead."""
         assert held.want is not None and held.read is not None
-        nbytes = self._source.nbytes(*held.at)
-        self.figures.ahead += 1
-        self.figures.ahead_bytes += nbytes
-        self.figures.ahead_used_bytes += nbytes
-        self.heard(held.want.by, nbytes, True)
+        if held in self._early:
+            self._early.remove(held)
+        else:
+            nbytes = self._source.nbytes(*held.at)
+            self.figures.ahead += 1
+            self.figures.ahead_ready += held.read.done()
+            self.figures.ahead_bytes += nbytes
+            self.figures.ahead_used_bytes += nbytes
+            self.heard(held.want.by, nbytes, True)
+            self._ahead.remove(held)
         held.want = None
-        self._ahead.remove(held)
         if held.read.done():
-            self.figures.ahead_ready += 1
             self._arrived(held)
         else:
             self._source.promote(held.read, Priority.DEMAND)
@@ -334,7 +383,12 @@ class ExpertStore:
         self._resident.discard(held.at)
         if held.read is not None and not held.read.done():
             self._source.abandon(held.read)
-        if held.want is not None:
+        if held in self._early:
+            self._early.remove(held)
+            assert held.read is not None
+            if not held.read.cancelled():
+                self.figures.read_bytes += self._source.nbytes(*held.at)
+        elif held.want is not None:
             self._ahead.remove(held)
             assert held.read is not None
             if not held.read.cancelled():

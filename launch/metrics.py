@@ -41,6 +41,11 @@ _COUNTERS = (
     ("expert_ahead_ready", "moe_expert_ahead_ready", "Missing experts that had been read by then."),
     ("expert_ahead_bytes", "moe_expert_bytes_ahead", "Bytes of experts read ahead of the router's choice."),
     ("expert_ahead_used_bytes", "moe_expert_bytes_ahead_used", "Those of experts that the router then chose."),
+    (
+        "expert_preloaded",
+        "moe_expert_preloaded",
+        "Experts given slots that were empty before a router asked for them.",
+    ),
     ("decode_chosen", "decode_steps_chosen", "Steps in which not all requests that could decode did."),
     ("decode_passed_over", "decode_passed_over", "How often a request was passed over by such a step."),
     ("decode_regrouped", "decode_steps_regrouped", "Such steps that were not in order, to share missing experts."),
