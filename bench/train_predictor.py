@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from ..engine.config import EngineConfig, format_size
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         passed += () if ridge is None else ("look_ahead",)
         trained = replace(trained, look_ahead=ridge, notes=(*trained.notes, note))
     _print(args, texts, fit, held, standings, verdicts, ahead)
-    _install(args, texts.trace.digest, trained, passed)
+    _install(args, texts.trace.digest, texts.trace.counts_LE, trained, passed)
     if args.json:
         samples = {
             "recall": {s.name: s.recall_D.tolist() for s in standings.values()},
@@ -353,8 +354,11 @@ def _print(
         print(ahead_table(ahead, top_k))
 
 
-def _install(args: argparse.Namespace, digest: str, trained: Trained, passed: Sequence[str]) -> None:
+def _install(
+    args: argparse.Namespace, digest: str, counts_LE: npt.NDArray[np.int64], trained: Trained, passed: Sequence[str]
+) -> None:
     """What passes takes the place of an older one. What does not leaves an older one where it is, and says so."""
+    from ..engine import usage
     from ..engine.predict import installed
 
     folder = Path(args.out) if args.out else None
@@ -363,6 +367,9 @@ def _install(args: argparse.Namespace, digest: str, trained: Trained, passed: Se
     if not digest:
         print("Nothing is installed: the trace does not say of which model it is.")
         return
+    # Until the model has been served, the texts say which experts to begin with.
+    if usage.load(digest, *counts_LE.shape) is None:
+        usage.add(digest, counts_LE)
     for kind in NAMES:
         predictor = getattr(trained, kind)
         path = installed.path_of(kind, digest, folder)
