@@ -56,9 +56,6 @@ POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "lru": LRU,
 }
 
-LOOK_AHEAD = 2
-"""Layers: a question takes some tenths of a millisecond."""
-
 LEAST_CHANCE = 0.5
 """With which an expert is needed that is read ahead. Where steps wait for the disk, a read for nothing costs as much as
 a right one saves.
@@ -213,7 +210,7 @@ class Offload:
         chosen = plan.predictors
         self._look_ahead = None
         if chosen.look_ahead:
-            self._look_ahead = LookAhead(blueprint.model, blueprint.spec, LOOK_AHEAD, ridge=chosen.ridge)
+            self._look_ahead = LookAhead(blueprint.model, blueprint.spec, ridge=chosen.ridge)
         self._exact = Exact(blueprint.model, blueprint.spec) if chosen.exact else None
         untrained = [*([self._look_ahead] if self._look_ahead is not None else []), *chosen.others]
         ns_per_byte = host.ns_per_byte if host is not None else plan.read_ns_per_byte
@@ -239,6 +236,7 @@ class Offload:
         self._fingerprint = blueprint.weights.checkpoint.fingerprint
         self._filling = False
         self.store.heard = self.forecast.heard
+        self.forecast.idle_layers = lambda: self.store.figures.idle_layers
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number)
 

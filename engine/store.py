@@ -9,6 +9,7 @@ start are filled while the disk has nothing else to do.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -68,6 +69,8 @@ class Want:
     priority: Priority = Priority.NEXT_LAYER
     by: str = ""
     """Who says so."""
+    ahead: int = 1
+    """How many layers before it that was said."""
 
 
 @dataclass(kw_only=True)
@@ -90,6 +93,8 @@ class StoreFigures:
     ahead_bytes: int = 0
     ahead_used_bytes: int = 0
     preloaded: int = 0
+    idle_layers: int = 0
+    """Layers at whose beginning nothing was being read though there was room for more that is read ahead."""
     waited_ns: int = 0
     """Time in which layers waited for experts and computed nothing."""
 
@@ -135,8 +140,8 @@ class ExpertStore:
         """How long a layer may wait for one expert."""
         self.most_used = 0
         """Most bytes that were in use at once: places with an expert in them or on the way, and reads' buffers."""
-        self.heard: Callable[[str, int, bool], None] = lambda by, nbytes, used: None
-        """Is told who had bytes read ahead, and whether they were used."""
+        self.heard: Callable[[Want, int, bool, bool], None] = lambda want, nbytes, used, late: None
+        """Is told on whose word bytes were read ahead, whether they were used, and whether they were there too late."""
         self._policy = policy
         self._source = source
         self._stays: set[Place] = set()
@@ -190,6 +195,8 @@ class ExpertStore:
         self._break_off()
         self._wanted.clear()
         need = sorted(set(experts))
+        under_way = any(held.read is not None and not held.read.done() for held in self._ahead)
+        self.figures.idle_layers += not under_way and len(self._ahead) < self.size.ahead
         for held in [h for h in self._ahead if h.at[0] == layer]:
             if held.at[1] not in need or not _fine(held):
                 self._drop(held)
@@ -229,7 +236,7 @@ class ExpertStore:
                 if held in self._early:
                     self._source.promote(held.read, want.priority)
                 elif held.want is not None:
-                    held.want = want
+                    held.want = dataclasses.replace(want, ahead=max(want.ahead, held.want.ahead))
                     if held.read is not None:
                         self._source.promote(held.read, want.priority)
                 continue
@@ -335,12 +342,12 @@ class ExpertStore:
         if held in self._early:
             self._early.remove(held)
         else:
-            nbytes = self._source.nbytes(*held.at)
+            nbytes, late = self._source.nbytes(*held.at), not held.read.done()
             self.figures.ahead += 1
-            self.figures.ahead_ready += held.read.done()
+            self.figures.ahead_ready += not late
             self.figures.ahead_bytes += nbytes
             self.figures.ahead_used_bytes += nbytes
-            self.heard(held.want.by, nbytes, True)
+            self.heard(held.want, nbytes, True, late)
             self._ahead.remove(held)
         held.want = None
         if held.read.done():
@@ -395,7 +402,7 @@ class ExpertStore:
                 nbytes = self._source.nbytes(*held.at)
                 self.figures.read_bytes += nbytes
                 self.figures.ahead_bytes += nbytes
-                self.heard(held.want.by, nbytes, False)
+                self.heard(held.want, nbytes, False, False)
         if held.read is None or held.read.done():
             self._free.append(held.place)
         else:

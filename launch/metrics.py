@@ -125,6 +125,7 @@ _PREDICTOR_GAUGES = {
     " then used; of late.",
     "us_per_token": "Microseconds per token that a predictor of routing takes; of late.",
     "useful_share": "Share of the bytes read ahead on a predictor's word that were used; of late.",
+    "depth": "How many layers ahead a predictor is asked, in steps of as many tokens as the last one.",
     "on": "Ranks in which a predictor is asked; one that costs more than it hides is not.",
 }
 """By the names of `Measured`'s properties."""

@@ -41,6 +41,9 @@ class Predictor:
     exact: bool = False
     """Whether what it says of a layer is known, not guessed: nobody else is asked about that layer then."""
 
+    reach: int = 4
+    """How many layers ahead it is asked at first; fewer where asking takes long."""
+
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step begins. Its tokens are known, its routing is not."""
 

@@ -5,7 +5,10 @@ L: MoE layers, E: experts of a layer, T: tokens of a step, K: experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,7 +16,11 @@ import torch
 from ..readers import Priority
 from ..store import Want
 from .base import Floats, Predictor, Rows
+from .depth import Depth
 from .meter import Meter
+
+MOST_AHEAD = 8
+"""Layers that those who guess look ahead at the most."""
 
 
 class Forecast:
@@ -27,7 +34,8 @@ class Forecast:
             than each.
         others: who only says what is next.
         least_chance: an expert that is needed with a smaller probability is not worth reading ahead.
-        depth: how many layers ahead.
+        depth: how many layers ahead at first at the most. Each predictor's `Depth` follows what is measured then, for
+            steps of each size apart, by powers of two of their tokens.
     """
 
     def __init__(
@@ -48,6 +56,13 @@ class Forecast:
         self._layers = layers
         self._least = least_chance
         self._depth = depth
+        self._depths: dict[tuple[str, int], Depth] = {}
+        self._size = 0
+        self._time: dict[str, _Time] = {}
+        self.idle_layers: Callable[[], int] = lambda: 0
+        """Of the store."""
+        self._idle = 0
+        """Of them known."""
         self._none_LE: Floats = np.zeros((layers, experts), dtype=np.float32)
         self._running = False
 
@@ -63,6 +78,7 @@ class Forecast:
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """No rows: nothing is predicted in this step."""
         self._running = bool(rows)
+        self._size = sum(len(row.token_ids) for row in rows).bit_length()
         if self._running:
             for predictor in self._all:
                 predictor.begin_step(rows)
@@ -80,15 +96,41 @@ class Forecast:
         if self._running:
             for predictor in self._all:
                 predictor.end_step()
+            self._measure_depths()
 
     def forget(self, request_id: str) -> None:
         for predictor in self._all:
             predictor.forget(request_id)
 
-    def heard(self, by: str, nbytes: int, used: bool) -> None:
-        """What became of bytes that were read ahead."""
-        if by in self._by_name:
-            self._by_name[by].heard(nbytes, used)
+    def heard(self, want: Want, nbytes: int, used: bool, late: bool) -> None:
+        """What became of bytes that were read ahead; late: they were used, and not there yet."""
+        meter = self._by_name.get(want.by)
+        if meter is None:
+            return
+        meter.heard(nbytes, used)
+        if want.ahead <= MOST_AHEAD:
+            of = self._time_of(meter)
+            (of.gained_D if used else of.spent_D)[want.ahead - 1] += round(nbytes * meter.ns_per_byte)
+            of.late += late
+
+    def depth_of(self, meter: Meter) -> Depth:
+        """In steps of as many tokens as the last one."""
+        at = meter.name, self._size
+        if at not in self._depths:
+            self._depths[at] = Depth(min(meter.reach, self._depth), MOST_AHEAD)
+        return self._depths[at]
+
+    def _time_of(self, meter: Meter) -> _Time:
+        return self._time.setdefault(meter.name, _Time())
+
+    def _measure_depths(self) -> None:
+        """A step is over."""
+        idle, self._idle = self.idle_layers() - self._idle, self.idle_layers()
+        for meter in self.meters:
+            if meter.reads and not meter.exact:
+                of = self._time_of(meter)
+                self.depth_of(meter).step(of.gained_D, of.spent_D, idle=max(0, idle), late=of.late)
+        self._time.clear()
 
     def future(self) -> Floats:
         """[L, E] discounted uses; zeros while nobody knows."""
@@ -108,29 +150,55 @@ class Forecast:
         """What the layers after one will probably need: the next layer first, in each the most probable first."""
         if not self._running:
             return
-        exact = any(meter.exact for meter in self.meters)
-        for ahead in range(layer + 1, self._layers if exact else min(layer + 1 + self._depth, self._layers)):
-            name, chance_E = self._ask(ahead, every=ahead == layer + 1, guess=ahead <= layer + self._depth)
+        depths = {meter.name: self._layers if meter.exact else self.depth_of(meter).layers for meter in self.meters}
+        for ahead in range(layer + 1, min(layer + 1 + max(depths.values(), default=0), self._layers)):
+            name, chance_E = self._ask(ahead, ahead - layer, depths)
             if chance_E is None:
                 continue
             priority = Priority.NEXT_LAYER if ahead == layer + 1 else Priority.LATER
             for expert in np.argsort(-chance_E, kind="stable").tolist():
                 if chance_E[expert] < self._least:
                     break
-                yield Want(layer=ahead, expert=expert, chance=float(chance_E[expert]), priority=priority, by=name)
+                yield Want(
+                    layer=ahead,
+                    expert=expert,
+                    chance=float(chance_E[expert]),
+                    priority=priority,
+                    by=name,
+                    ahead=ahead - layer,
+                )
 
     def figures(self) -> dict[str, list[float]]:
         """`Stats.predictors`."""
-        return {meter.name: meter.measured().to_list() for meter in self.meters}
+        found = {}
+        for meter in self.meters:
+            layers = self._layers if meter.exact else self.depth_of(meter).layers
+            found[meter.name] = dataclasses.replace(meter.measured(), layers_ahead=float(layers)).to_list()
+        return found
 
-    def _ask(self, layer: int, every: bool, guess: bool) -> tuple[str, Floats | None]:
-        """The best one's word; `every` asks all where their words are compared, so that it is known who that is.
-        Without `guess` only who knows.
+    def _ask(self, layer: int, ahead: int, depths: dict[str, int]) -> tuple[str, Floats | None]:
+        """The word on a layer of the best one that looks so many layers ahead; about the next layer all are asked where
+        their words are compared, so that it is known who that is.
         """
         best: tuple[str, Floats | None] = ("", None)
         for meter in sorted(self.meters, key=lambda m: (not m.exact, -m.recall)):
-            if not (guess or meter.exact) or (best[1] is not None and not (every and meter.compares)):
+            if best[1] is not None and not (ahead == 1 and meter.compares):
                 break
-            if meter.reads and (chance_E := meter.upcoming(layer)) is not None and best[1] is None:
+            if not meter.reads or ahead > depths[meter.name]:
+                continue
+            begun = time.perf_counter_ns()
+            chance_E = meter.upcoming(layer)
+            if ahead <= MOST_AHEAD:
+                self._time_of(meter).spent_D[ahead - 1] += time.perf_counter_ns() - begun
+            if chance_E is not None and best[1] is None:
                 best = meter.name, chance_E
         return best
+
+
+@dataclass(eq=False)
+class _Time:
+    """Nanoseconds of a step that a predictor hid and took, by layers ahead, and its reads that came too late."""
+
+    gained_D: list[int] = field(default_factory=lambda: [0] * MOST_AHEAD)
+    spent_D: list[int] = field(default_factory=lambda: [0] * MOST_AHEAD)
+    late: int = 0

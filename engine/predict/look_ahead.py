@@ -49,6 +49,7 @@ class LookAhead(Predictor):
     """
 
     name = "look_ahead"
+    reach = 2
 
     def __init__(
         self,
