@@ -18,12 +18,15 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..kernels.expert_loop import expert_loop
 from ..scheduler.placement import slots_needed
 from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedNow, default_policy
+from ..scheduler.residency.preload import preload_order
 from ..scheduler.residency.slots import Budget, Policy
+from . import usage
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher, Note
 from .expert_files import AlignedBuffer, ExpertFiles
@@ -32,6 +35,7 @@ from .host_experts import HostExperts, host_budget
 from .measure_disk import disk_constants
 from .predict.base import Predictor, Rows
 from .predict.choose import Chosen, predictors_for
+from .predict.exact import Exact
 from .predict.forecast import Forecast
 from .predict.look_ahead import LookAhead
 from .predict.meter import Meter
@@ -54,9 +58,6 @@ POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "lru": LRU,
 }
 
-LOOK_AHEAD = 2
-"""Layers: a question takes some tenths of a millisecond."""
-
 LEAST_CHANCE = 0.5
 """With which an expert is needed that is read ahead. Where steps wait for the disk, a read for nothing costs as much as
 a right one saves.
@@ -77,6 +78,8 @@ class OffloadPlan:
     """Whether this is one of several ranks, which tell each other what they predict."""
     read_ns_per_byte: float
     """Of the checkpoint's files."""
+    used_LE: Any = None
+    """How often each expert was used before, None where that is not known."""
     host_bytes: int | None = None
     """Of host memory for experts beside the device's; None where the device is the host."""
     in_place: bool = False
@@ -153,6 +156,7 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         predictors=predictors,
         shares=ranks > 1 and config.predictor != "none",
         read_ns_per_byte=1e9 / disk.bytes_per_s,
+        used_LE=usage.load(fingerprint, len(specs), experts) if ranks == 1 else None,
         host_bytes=host_bytes,
         in_place=in_place,
     )
@@ -237,11 +241,14 @@ class Offload:
         self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
         chosen = plan.predictors
-        self._look_ahead = LookAhead(blueprint.model, blueprint.spec, LOOK_AHEAD) if chosen.look_ahead else None
+        self._look_ahead = None
+        if chosen.look_ahead:
+            self._look_ahead = LookAhead(blueprint.model, blueprint.spec, ridge=chosen.ridge)
+        self._exact = Exact(blueprint.model, blueprint.spec) if chosen.exact else None
         untrained = [*([self._look_ahead] if self._look_ahead is not None else []), *chosen.others]
         ns_per_byte = host.ns_per_byte if host is not None else plan.read_ns_per_byte
 
-        def meter(predictor: Predictor, judged: bool) -> Meter:
+        def meter(predictor: Predictor, judged: bool = True) -> Meter:
             return Meter(
                 predictor,
                 ns_per_byte=ns_per_byte,
@@ -252,12 +259,17 @@ class Offload:
 
         self.forecast: Forecast = (SharedForecast if plan.shares else Forecast)(
             [meter(predictor, False) for predictor in chosen.trained],
-            [meter(predictor, True) for predictor in untrained],
+            [meter(predictor) for predictor in untrained],
             plan.budget.layers,
             plan.budget.experts,
             least_chance=LEAST_CHANCE,
         )
+        self._meter = meter
+        self._layers = layers
+        self._fingerprint = blueprint.weights.checkpoint.fingerprint
+        self._filling = False
         self.store.heard = self.forecast.heard
+        self.forecast.idle_layers = lambda: self.store.figures.idle_layers
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, self.source, self.forecast, layer, number)
 
@@ -269,6 +281,7 @@ class Offload:
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step of the engine, with these sequences' tokens."""
         self.store.begin_step()
+        self.tend()
         self.forecast.begin_step(rows)
         self.store.fetch_ahead(self.forecast.wants(-1))
 
@@ -276,7 +289,31 @@ class Offload:
         """Empties the store, as after the start: the warm-up is over."""
         if self._look_ahead is not None:
             self._look_ahead.settle()
+        if self._exact is not None:
+            self._exact.settle()
+            if self._exact.layers:
+                self.forecast.add(self._meter(self._exact))
+            self._exact = None
         self.store.forget(self.plan.policy())
+        if self.plan.used_LE is not None:
+            order = preload_order(self.plan.used_LE, self.plan.budget)
+            log.info("filling empty slots with %d experts that were used most before, as the disk has time", len(order))
+            self._filling = True
+            self.store.preload(order)
+
+    def tend(self) -> bool:
+        """Goes on with filling empty slots. Whether there is more to do."""
+        if self._filling and not (more := self.store.tend()):
+            self._filling = more
+            log.info("%d slots were filled before they were asked for", self.store.figures.preloaded)
+        return self._filling
+
+    def remember(self) -> None:
+        """Keeps how often each expert was used, for the next start. Of one rank alone."""
+        counts_LE = np.zeros((self.plan.budget.layers, self.plan.budget.experts), dtype=np.int64)
+        for layer, counts in zip(self._layers, counts_LE, strict=True):
+            counts[: len(layer.counts_E)] = layer.counts_E.cpu().numpy()
+        usage.add(self._fingerprint, counts_LE)
 
     def close(self) -> None:
         """Ends reading. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
@@ -300,6 +337,7 @@ class Offload:
             "expert_ahead_ready": figures.ahead_ready,
             "expert_ahead_bytes": figures.ahead_bytes,
             "expert_ahead_used_bytes": figures.ahead_used_bytes,
+            "expert_preloaded": figures.preloaded,
             "expert_wait_ns": figures.waited_ns,
             "predictors": self.forecast.figures(),
         }

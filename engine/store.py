@@ -3,11 +3,13 @@
 All layers share one set of places. A residency policy (`scheduler.residency`) decides which experts keep theirs. Every
 read goes to a free place; an admitted expert stays where it was read, and the place of the one that it drives out
 becomes free, so nothing is copied in memory. What is left free is for experts that pass through, and for those that are
-read ahead of the router's choice: these are the first to go when a place is needed.
+read ahead of the router's choice: these are the first to go when a place is needed. Slots that are empty after the
+start are filled while the disk has nothing else to do.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +22,8 @@ from ..scheduler.residency.slots import Context, Place, Policy
 from .readers import Priority
 from .store_size import StoreSize
 
+EARLY = 8
+"""Experts that are read at a time into empty slots: enough that the disk need not wait for the next call of `tend`."""
 READ_TIMEOUT_S = 60.0
 """How long a layer may wait for one expert."""
 
@@ -65,6 +69,8 @@ class Want:
     priority: Priority = Priority.NEXT_LAYER
     by: Any = None
     """Who says so, for `ExpertStore.heard`."""
+    ahead: int = 1
+    """How many layers before it that was said."""
 
 
 @dataclass(kw_only=True)
@@ -73,7 +79,8 @@ class StoreFigures:
 
     `read_bytes` were read from the checkpoint, `admitted_bytes` are of the experts that were given a slot thereby. Of
     the misses, `ahead` had been asked for before the router chose, and `ahead_ready` of these were there by then.
-    `ahead_bytes` were read ahead, `ahead_used_bytes` of them for experts that were then used.
+    `ahead_bytes` were read ahead, `ahead_used_bytes` of them for experts that were then used. `preloaded` were given a
+    slot that was empty before a router asked for them.
     """
 
     hits: int = 0
@@ -85,6 +92,9 @@ class StoreFigures:
     ahead_ready: int = 0
     ahead_bytes: int = 0
     ahead_used_bytes: int = 0
+    preloaded: int = 0
+    idle_layers: int = 0
+    """Layers at whose beginning nothing was being read though there was room for more that is read ahead."""
     waited_ns: int = 0
     """Time in which layers waited for experts and computed nothing."""
 
@@ -140,8 +150,8 @@ class ExpertStore:
         """How long a layer may wait for one expert."""
         self.most_used = 0
         """Most bytes that were in use at once: places with an expert in them or on the way, and reads' buffers."""
-        self.heard: Callable[[Any, int, bool], None] = lambda by, nbytes, used: None
-        """Is told who had bytes read ahead, and whether they were used."""
+        self.heard: Callable[[Want, int, bool, bool], None] = lambda want, nbytes, used, late: None
+        """Is told on whose word bytes were read ahead, whether they were used, and whether they were there too late."""
         self._policy = policy
         self._source = source
         self._stays: set[Place] = set()
@@ -149,6 +159,12 @@ class ExpertStore:
         self._resident: set[Place] = set()
         self._held: dict[Place, _Held] = {}
         self._ahead: list[_Held] = []
+        self._early: list[_Held] = []
+        """On their way to slots that are empty, those given first before the others."""
+        self._order: deque[Place] = deque()
+        """Who comes after them."""
+        self._wanted: deque[Want] = deque()
+        """What there was no room to read ahead when it was asked for."""
         self._in_use: list[_Held] = []
         """Of the layer that runs."""
         self._asked: _Asked | None = None
@@ -175,6 +191,7 @@ class ExpertStore:
         for held in list(self._held.values()):
             self._drop(held)
         self._in_use.clear()
+        self._order.clear()
         while self._leaving:
             self._wait_for_a_place()
         self._policy, self.figures, self.step = policy, StoreFigures(), -1
@@ -186,13 +203,14 @@ class ExpertStore:
         follows, with the same; what is worked out in between costs no time while the disk is at work.
         """
         self._break_off()
+        self._wanted.clear()
         need = sorted(set(experts))
-        for held in [h for h in self._ahead if h.at[0] == layer]:
-            if held.at[1] not in need or not _fine(held):
+        under_way = any(held.read is not None and not held.read.done() for held in self._ahead)
+        self.figures.idle_layers += not under_way and len(self._ahead) < self.size.ahead
+        for held in [h for h in (*self._ahead, *self._early) if h.at[0] == layer]:
+            if not _fine(held) or (held.at[1] not in need and held in self._ahead):
                 self._drop(held)
-        for expert in need:
-            held = self._held.get((layer, expert))
-            if held is not None and held.want is not None:
+            elif held.at[1] in need:
                 self._claim(held)
         known = [expert for expert in need if (layer, expert) in self._held]
         self._in_use += [self._held[layer, expert] for expert in known]
@@ -220,6 +238,8 @@ class ExpertStore:
         for at in decision.admitted:
             if (held := self._held.get(at)) is not None and held.read is None:
                 self._settle(at)
+        while self._early and len(self._stays) + len(self._early) > self.size.slots:
+            self._drop(self._early[-1])
         self._start(waiting)
         here = [e for e in need if (held := self._held.get((layer, e))) is not None and held.read is None]
         gone = [expert for expert in need if expert not in here]
@@ -230,26 +250,64 @@ class ExpertStore:
 
     def fetch_ahead(self, wants: Iterable[Want]) -> None:
         """Reads experts before a router asks for them, those given first before the others, as many as there is room
-        for; what has a smaller chance makes room. They wait for all that a router has asked for.
+        for; what has a smaller chance makes room. They wait for all that a router has asked for. What there is no
+        room for now is read when the layer that runs gives up places, up to the next visit.
         """
+        self._wanted.clear()
         for want in wants:
             at = want.layer, want.expert
             if (held := self._held.get(at)) is not None:
-                if held.want is not None:
-                    held.want = want
+                if held in self._early:
+                    assert held.read is not None
+                    self._source.promote(held.read, want.priority)
+                elif held.want is not None:
+                    held.want = dataclasses.replace(want, ahead=max(want.ahead, held.want.ahead))
                     if held.read is not None:
                         self._source.promote(held.read, want.priority)
                 continue
             if len(self._ahead) >= self.size.ahead:
                 least = min(self._ahead, key=_chance, default=None)
                 if least is None or _chance(least) >= want.chance:
+                    self._wanted.append(want)
                     continue
                 self._drop(least)
             if len(self._free) < 2:  # one is for those that a layer waits for
                 self._reclaim()
             if len(self._free) > 1:
                 self._ahead.append(self._read(at, want))
+            else:
+                self._wanted.append(want)
         self._account()
+
+    def preload(self, order: Iterable[Place]) -> None:
+        """Reads these into slots that are empty while nobody waits for the disk; `tend` does it."""
+        self._order = deque(order)
+
+    def tend(self) -> bool:
+        """Goes on with preloading: between steps, and now and then while there are none. Whether there is more."""
+        for held in [held for held in self._early if held.read is not None and held.read.done()]:
+            if not _fine(held):
+                self._order.clear()  # those who need it will say why
+                self._drop(held)
+            elif not self._policy.place(*held.at):
+                self._drop(held)
+            else:
+                self._early.remove(held)
+                held.want = None
+                self._stays.add(held.at)
+                self.figures.preloaded += 1
+                self._arrived(held)
+        while self._order and len(self._early) < EARLY:
+            if len(self._stays) + len(self._early) >= self.size.slots or len(self._free) < 2:
+                break
+            if self._order[0] not in self._held:
+                want = Want(layer=self._order[0][0], expert=self._order[0][1], chance=0.0, priority=Priority.BACKGROUND)
+                self._early.append(self._read(self._order[0], want))
+            self._order.popleft()
+        if len(self._stays) >= self.size.slots:
+            self._order.clear()
+        self._account()
+        return bool(self._order or self._early)
 
     def close(self) -> bool:
         """Ends reading; what has not started is not read. False if a read did not end in time."""
@@ -284,11 +342,17 @@ class ExpertStore:
         while waiting:
             if not self._free:
                 self._reclaim()
+            if not self._free and self._early:
+                self._drop(self._early[-1])
             if not self._free and self._ahead:
                 self._drop(min(self._ahead, key=lambda held: (_runs(held), _chance(held))))
             if not self._free:
                 break
             self._in_use.append(self._read(waiting.popleft()))
+        while not waiting and self._wanted and len(self._ahead) < self.size.ahead and len(self._free) > 1:
+            want = self._wanted.popleft()
+            if (want.layer, want.expert) not in self._held:
+                self._ahead.append(self._read((want.layer, want.expert), want))
         self._account()
 
     def _read(self, at: Place, want: Want | None = None) -> _Held:
@@ -300,15 +364,18 @@ class ExpertStore:
     def _claim(self, held: _Held) -> None:
         """A router asks for what was read ahead."""
         assert held.want is not None and held.read is not None
-        nbytes = self._source.nbytes(*held.at)
-        self.figures.ahead += 1
-        self.figures.ahead_bytes += nbytes
-        self.figures.ahead_used_bytes += nbytes
-        self.heard(held.want.by, nbytes, True)
+        if held in self._early:
+            self._early.remove(held)
+        else:
+            nbytes, late = self._source.nbytes(*held.at), not held.read.done()
+            self.figures.ahead += 1
+            self.figures.ahead_ready += not late
+            self.figures.ahead_bytes += nbytes
+            self.figures.ahead_used_bytes += nbytes
+            self.heard(held.want, nbytes, True, late)
+            self._ahead.remove(held)
         held.want = None
-        self._ahead.remove(held)
         if held.read.done():
-            self.figures.ahead_ready += 1
             self._arrived(held)
         else:
             self._source.promote(held.read, Priority.DEMAND)
@@ -352,14 +419,19 @@ class ExpertStore:
         self._resident.discard(held.at)
         if held.read is not None and not held.read.done():
             self._source.abandon(held.read)
-        if held.want is not None:
+        if held in self._early:
+            self._early.remove(held)
+            assert held.read is not None
+            if not held.read.cancelled():
+                self.figures.read_bytes += self._source.nbytes(*held.at)
+        elif held.want is not None:
             self._ahead.remove(held)
             assert held.read is not None
             if not held.read.cancelled():
                 nbytes = self._source.nbytes(*held.at)
                 self.figures.read_bytes += nbytes
                 self.figures.ahead_bytes += nbytes
-                self.heard(held.want.by, nbytes, False)
+                self.heard(held.want, nbytes, False, False)
         if held.read is None or held.read.done():
             self._free.append(held.place)
         else:

@@ -205,7 +205,7 @@ def settle(store):
 def test_what_was_read_ahead_is_there_when_the_router_asks_for_it(make):
     store, fake = make(slots=2, staging=5, readers=2, ahead=2)
     heard = []
-    store.heard = lambda *what: heard.append(what)
+    store.heard = lambda want, *what: heard.append((want.by, *what))
     store.fetch_ahead(wants(1, 2, by="me"))
     settle(store)
     assert store.figures.resident_bytes == 0  # not by asking: the policy decides about slots
@@ -219,7 +219,7 @@ def test_what_was_read_ahead_is_there_when_the_router_asks_for_it(make):
     figures = store.figures
     assert (figures.misses, figures.ahead, figures.ahead_ready) == (3, 2, 2)
     assert (figures.ahead_bytes, figures.ahead_used_bytes, figures.read_bytes) == (2 * SIZE, 2 * SIZE, 3 * SIZE)
-    assert heard == [("me", SIZE, True)] * 2
+    assert heard == [("me", SIZE, True, False)] * 2
     assert store.figures.admitted_bytes == SIZE * len(store.resident) == 2 * SIZE
 
 
@@ -241,11 +241,11 @@ def test_a_router_makes_a_read_ahead_urgent_and_reads_nothing_twice(make):
 def test_wrong_ones_are_forgotten_when_the_router_has_spoken(make):
     store, fake = make(slots=2, staging=5, readers=2, ahead=2)
     heard = []
-    store.heard = lambda *what: heard.append(what)
+    store.heard = lambda want, *what: heard.append((want.by, *what))
     store.fetch_ahead(wants(1, 2, by="me"))
     settle(store)
     run(store, fake, 0, [5])
-    assert not store._ahead and heard == [("me", SIZE, False)] * 2
+    assert not store._ahead and heard == [("me", SIZE, False, False)] * 2
     assert store.figures.ahead_bytes == 2 * SIZE and not store.figures.ahead_used_bytes
     assert store.figures.read_bytes == 3 * SIZE
 

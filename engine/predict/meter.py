@@ -81,6 +81,8 @@ class Measured:
     used_bytes: float = 0.0
     on: float = 0.0
     """Ranks that ask it now. No sum over time."""
+    layers_ahead: float = 0.0
+    """How far ahead it is asked now, 0 where that is not known. Nor this."""
 
     def to_list(self) -> list[float]:
         """The fields in their order, as they travel in `Stats.predictors`."""
@@ -100,6 +102,10 @@ class Measured:
         return _share(self.right_2k, self.used)
 
     @property
+    def depth(self) -> float | None:
+        return self.layers_ahead or None
+
+    @property
     def precision(self) -> float | None:
         return _share(self.likely_used, self.likely)
 
@@ -114,7 +120,7 @@ class Measured:
     def fade(self) -> None:
         """A step goes by."""
         for field in dataclasses.fields(self):
-            if field.name != "on":
+            if field.name not in ("on", "layers_ahead"):
                 setattr(self, field.name, getattr(self, field.name) * _FADE)
 
 
@@ -163,7 +169,8 @@ class Meter(Predictor):
         assert ns_per_byte >= 0
         self.predictor = predictor
         self.name, self.ordered = predictor.name, predictor.ordered
-        self._ns_per_byte = ns_per_byte
+        self.exact, self.reach = predictor.exact, predictor.reach
+        self.ns_per_byte = ns_per_byte
         self._resident = resident
         self._least = least_chance
         self._judged = judged
@@ -303,6 +310,6 @@ class Meter(Predictor):
         figures.read_bytes += self._read_bytes
         figures.used_bytes += self._used_bytes
         wasted = self._read_bytes - self._used_bytes
-        spent_ns = self._ns + round(wasted * self._ns_per_byte)
-        self._switch.step(round(self._used_bytes * self._ns_per_byte), spent_ns)
+        spent_ns = self._ns + round(wasted * self.ns_per_byte)
+        self._switch.step(round(self._used_bytes * self.ns_per_byte), spent_ns)
         self._ns = self._tokens = self._read_bytes = self._used_bytes = 0

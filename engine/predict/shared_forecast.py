@@ -108,8 +108,9 @@ class SharedForecast(Forecast):
         chance_AE: Floats = np.zeros((self._depth, self._format.experts), dtype=np.float32)
         by_A, future_E = np.zeros(self._depth, dtype=np.uint8), None
         if self._running:
+            depth_M = [self._depth if meter.exact else self.depth_of(meter).layers for meter in self.meters]
             for ahead in range(layer + 1, min(layer + 1 + self._depth, self._layers)):
-                by, chance_E = self._ask(ahead, every=ahead == layer + 1)
+                by, chance_E = self._ask(ahead, ahead - layer, depth_M)
                 if chance_E is not None:
                     chance_AE[ahead - layer - 1], by_A[ahead - layer - 1] = chance_E, by
             if layer >= 0:
@@ -155,12 +156,23 @@ class SharedForecast(Forecast):
 
     # What it was worth
 
-    def heard(self, by: int | tuple[int, int], nbytes: int, used: bool) -> None:
-        """`by` is the position of a rank and the number of its predictor."""
-        if isinstance(by, int):
-            super().heard(by, nbytes, used)
-        elif by[0] < self._size:  # of an earlier group there may be more
-            self._heard_PM2[(*by, int(used))] += nbytes
+    def heard(self, want: Want, nbytes: int, used: bool, late: bool) -> None:
+        """`want.by` is the position of a rank and the number of its predictor."""
+        if isinstance(want.by, int):
+            super().heard(want, nbytes, used, late)
+        elif want.by[0] < self._size:  # of an earlier group there may be more
+            self._heard_PM2[(*want.by, int(used))] += nbytes
+
+    def add(self, meter: Meter) -> None:
+        super().add(meter)
+        assert len(self.meters) <= PREDICTORS
+
+    def _measure_depths(self) -> None:
+        """With several ranks it is not known how far ahead what was read was said: the depths stay."""
+        if self._size == 1:
+            super()._measure_depths()
+        else:
+            self._time.clear()
 
     def end_step(self) -> None:
         """Of several ranks the step is over with `settle`."""
