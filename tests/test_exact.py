@@ -205,4 +205,4 @@ def test_who_knows_goes_before_who_guesses_and_is_asked_about_all_layers():
     forecast.add(known)
     forecast.begin_step([Rows(request_id="a", first=0, token_ids=[1], start=0)])
     assert [(want.layer, want.by) for want in forecast.wants(-1)] == [(0, 0), (1, 1), (4, 1)]
-    assert [(want.layer, want.by) for want in forecast.wants(1)] == [(2, "guess"), (3, "guess"), (4, "known")]
+    assert [(want.layer, want.by) for want in forecast.wants(1)] == [(2, 0), (3, 0), (4, 1)]
