@@ -29,7 +29,7 @@ from ..scheduler.residency.slots import Budget, Policy
 from . import usage
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher, Note
-from .expert_files import AlignedBuffer, ExpertFiles
+from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
 from .experts import ExpertPool, ExpertWeights, pool_in
 from .host_experts import HostExperts, host_budget
 from .measure_disk import disk_constants
@@ -212,6 +212,17 @@ class CheckpointSource:
 
     def nbytes(self, layer: int, expert: int) -> int:
         return self.nbytes_LE[layer][expert]
+
+    def bytes_read(self, read: Future[Any]) -> int:
+        assert isinstance(read, Read)
+        return read.bytes_read
+
+    def in_the_way(self, read: Future[Any]) -> int:
+        assert isinstance(read, Read)
+        if not self._readers.running(read):
+            return 0
+        nbytes = self.nbytes(read.layer, read.expert)
+        return (nbytes if self.host is not None else min(nbytes, PIECE_BYTES)) // 2
 
     def close(self, timeout_s: float) -> None:
         self._readers.close(timeout_s)

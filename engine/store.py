@@ -54,6 +54,14 @@ class Source(Protocol):
         """Bytes that are read for an expert."""
         ...
 
+    def bytes_read(self, read: Future[Any]) -> int:
+        """How many of them there are already, of a read that has not ended."""
+        ...
+
+    def in_the_way(self, read: Future[Any]) -> int:
+        """For how many bytes of a read that has not ended a more urgent one has to wait, on average; 0: it may begin."""
+        ...
+
     def close(self, timeout_s: float) -> None:
         """Raises TimeoutError for reads that did not end."""
         ...
@@ -71,6 +79,18 @@ class Want:
     """Who says so, for `ExpertStore.heard`."""
     ahead: int = 1
     """How many layers before it that was said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a read ahead, or a part of that, in bytes: `nbytes` were read, and used or not. Of those used,
+    `hidden` had been read when the router asked; and a layer that needed others had to wait for `delay`.
+    """
+
+    nbytes: int = 0
+    used: bool = False
+    hidden: int = 0
+    delay: int = 0
 
 
 @dataclass(kw_only=True)
@@ -150,8 +170,8 @@ class ExpertStore:
         """How long a layer may wait for one expert."""
         self.most_used = 0
         """Most bytes that were in use at once: places with an expert in them or on the way, and reads' buffers."""
-        self.heard: Callable[[Want, int, bool, bool], None] = lambda want, nbytes, used, late: None
-        """Is told on whose word bytes were read ahead, whether they were used, and whether they were there too late."""
+        self.heard: Callable[[Want, Outcome], None] = lambda want, outcome: None
+        """Is told on whose word bytes were read ahead, and what became of them."""
         self._policy = policy
         self._source = source
         self._stays: set[Place] = set()
@@ -205,8 +225,12 @@ class ExpertStore:
         self._break_off()
         self._wanted.clear()
         need = sorted(set(experts))
-        under_way = any(held.read is not None and not held.read.done() for held in self._ahead)
-        self.figures.idle_layers += not under_way and len(self._ahead) < self.size.ahead
+        self.figures.idle_layers += len(self._ahead) < self.size.ahead and not any(map(_under_way, self._ahead))
+        delays = [
+            (held.want, self._source.in_the_way(held.read))
+            for held in self._ahead
+            if held.read is not None and not held.read.done()
+        ]
         for held in [h for h in (*self._ahead, *self._early) if h.at[0] == layer]:
             if not _fine(held) or (held.at[1] not in need and held in self._ahead):
                 self._drop(held)
@@ -215,6 +239,10 @@ class ExpertStore:
         known = [expert for expert in need if (layer, expert) in self._held]
         self._in_use += [self._held[layer, expert] for expert in known]
         waiting = deque((layer, expert) for expert in need if expert not in known)
+        if waiting or any(map(_under_way, self._in_use)):
+            for want, delay in delays:
+                if delay and want is not None and not (want.layer == layer and want.expert in need):
+                    self.heard(want, Outcome(delay=delay))
         self._asked = _Asked(layer=layer, need=need, known=known, waiting=waiting)
         self._start(waiting)
 
@@ -367,12 +395,13 @@ class ExpertStore:
         if held in self._early:
             self._early.remove(held)
         else:
-            nbytes, late = self._source.nbytes(*held.at), not held.read.done()
+            nbytes = self._source.nbytes(*held.at)
+            hidden = nbytes if held.read.done() else self._source.bytes_read(held.read)
             self.figures.ahead += 1
-            self.figures.ahead_ready += not late
+            self.figures.ahead_ready += held.read.done()
             self.figures.ahead_bytes += nbytes
             self.figures.ahead_used_bytes += nbytes
-            self.heard(held.want, nbytes, True, late)
+            self.heard(held.want, Outcome(nbytes=nbytes, used=True, hidden=hidden))
             self._ahead.remove(held)
         held.want = None
         if held.read.done():
@@ -431,7 +460,7 @@ class ExpertStore:
                 nbytes = self._source.nbytes(*held.at)
                 self.figures.read_bytes += nbytes
                 self.figures.ahead_bytes += nbytes
-                self.heard(held.want, nbytes, False, False)
+                self.heard(held.want, Outcome(nbytes=nbytes))
         if held.read is None or held.read.done():
             self._free.append(held.place)
         else:
@@ -479,6 +508,10 @@ class ExpertStore:
 def _fine(held: _Held) -> bool:
     """Whether a read has not failed so far; one that was ahead and has failed is done again by those that need it."""
     return held.read is None or not held.read.done() or (not held.read.cancelled() and held.read.exception() is None)
+
+
+def _under_way(held: _Held) -> bool:
+    return held.read is not None and not held.read.done()
 
 
 def _runs(held: _Held) -> bool:

@@ -12,6 +12,7 @@ from moeyard.engine.predict.base import Predictor, Rows
 from moeyard.engine.predict.depth import TRIAL_STEPS, Depth
 from moeyard.engine.predict.forecast import MOST_AHEAD, Forecast
 from moeyard.engine.predict.meter import Measured, Meter
+from moeyard.engine.store import Outcome
 
 TRIAL, REST, LONGEST, MOST = 4, 8, 64, 5
 
@@ -119,7 +120,9 @@ def steps(forecast, number, useful, idle, tokens=1):
         assert all(want.layer == want.ahead - 1 for want in wants)
         for want in wants:
             used = want.ahead <= useful
-            forecast.heard(want, 30_000_000 if used else 10_000_000, used, False)
+            forecast.heard(
+                want, Outcome(nbytes=30_000_000, used=used, hidden=30_000_000 * used, delay=10_000_000 * (not used))
+            )
         idle[0] += 1
         forecast.end_step()
     return asked

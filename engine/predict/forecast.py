@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..readers import Priority
-from ..store import Want
+from ..store import Outcome, Want
 from .base import Floats, Predictor, Rows
 from .depth import Depth
 from .meter import Meter
@@ -105,16 +105,15 @@ class Forecast:
         for predictor in self._all:
             predictor.forget(request_id)
 
-    def heard(self, want: Want, nbytes: int, used: bool, late: bool) -> None:
-        """What became of bytes that were read ahead on the word of `meters[want.by]`; late: they were used, and not
-        there yet.
-        """
+    def heard(self, want: Want, outcome: Outcome) -> None:
+        """What became of bytes that were read ahead on the word of `meters[want.by]`."""
         meter: Meter = self.meters[want.by]
-        meter.heard(nbytes, used)
+        meter.heard(outcome)
         if want.ahead <= MOST_AHEAD:
             of = self._time_of(meter)
-            (of.gained_D if used else of.spent_D)[want.ahead - 1] += round(nbytes * meter.ns_per_byte)
-            of.late += late
+            of.gained_D[want.ahead - 1] += round(outcome.hidden * meter.ns_per_byte)
+            of.spent_D[want.ahead - 1] += round(outcome.delay * meter.ns_per_byte)
+            of.late += outcome.used and outcome.hidden < outcome.nbytes
 
     def depth_of(self, meter: Meter) -> Depth:
         """In steps of as many tokens as the last one."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..readers import Priority
-from ..store import Want
+from ..store import Outcome, Want
 from .base import Array, Floats, Rows
 from .forecast import DEPTH, Forecast
 from .meter import Meter
@@ -74,8 +74,9 @@ class SharedForecast(Forecast):
         self._others_LE: Floats = np.zeros((layers, experts), dtype=np.float32)
         """Discounted uses by other ranks' tokens, of each layer as it was when it last ran."""
         self._expected: dict[int, _Expected] = {}
-        self._heard_PM2 = np.zeros((size, PREDICTORS, 2), dtype=np.int64)
-        """Bytes that were read here on the word of all ranks' predictors: in vain, and used."""
+        self._heard_PM4 = np.zeros((size, PREDICTORS, 4), dtype=np.int64)
+        """Bytes that were read here on the word of all ranks' predictors: in vain, used, hidden, and what that delayed.
+        """
 
     def place(self, layer: int, here_PE: Array) -> None:
         """Which experts each rank's tokens find at this rank, by a layer's table."""
@@ -156,12 +157,13 @@ class SharedForecast(Forecast):
 
     # What it was worth
 
-    def heard(self, want: Want, nbytes: int, used: bool, late: bool) -> None:
+    def heard(self, want: Want, outcome: Outcome) -> None:
         """`want.by` is the position of a rank and the number of its predictor."""
         if isinstance(want.by, int):
-            super().heard(want, nbytes, used, late)
+            super().heard(want, outcome)
         elif want.by[0] < self._size:  # of an earlier group there may be more
-            self._heard_PM2[(*want.by, int(used))] += nbytes
+            self._heard_PM4[want.by][int(outcome.used)] += outcome.nbytes
+            self._heard_PM4[want.by][2:] += outcome.hidden, outcome.delay
 
     def add(self, meter: Meter) -> None:
         super().add(meter)
@@ -181,14 +183,14 @@ class SharedForecast(Forecast):
 
     def tally(self) -> list[int]:
         """What became, since the last one, of the bytes that were read here: for `settle`, on all ranks."""
-        tally = self._heard_PM2.ravel().tolist()
-        self._heard_PM2[:] = 0
+        tally: list[int] = self._heard_PM4.ravel().tolist()
+        self._heard_PM4[:] = 0
         return tally
 
     def settle(self, tallies: Sequence[Sequence[int]]) -> None:
         """The end of a step, with the tallies of all ranks: this rank's predictors hear what they were worth there."""
-        all_M2 = np.array(tallies).reshape(self._size, *self._heard_PM2.shape)[:, self._position].sum(0)
-        for meter, (wasted, used) in zip(self.meters, all_M2.tolist(), strict=False):
-            meter.heard(wasted, False)
-            meter.heard(used, True)
+        all_M4 = np.array(tallies).reshape(self._size, *self._heard_PM4.shape)[:, self._position].sum(0)
+        for meter, (wasted, used, hidden, delay) in zip(self.meters, all_M4.tolist(), strict=False):
+            meter.heard(Outcome(nbytes=wasted, delay=delay))
+            meter.heard(Outcome(nbytes=used, used=True, hidden=hidden))
         super().end_step()
