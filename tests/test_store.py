@@ -289,6 +289,20 @@ def test_wrong_ones_are_forgotten_when_the_router_has_spoken(make):
     assert store.figures.read_bytes == 3 * SIZE
 
 
+def test_a_layer_that_needs_nothing_here_forgets_what_was_read_ahead_for_it(make):
+    """As one of several ranks does, whose experts no token has chosen."""
+    store, fake = make(slots=2, staging=5, readers=2, ahead=2)
+    heard = []
+    store.heard = lambda *what: heard.append(what)
+    store.fetch_ahead(wants(1, by="me") + wants(2, layer=1, by="me"))
+    settle(store)
+    visit = store.visit(0, [])
+    assert visit.experts == () and [held.at for held in store._ahead] == [(1, 2)]
+    assert heard == [("me", SIZE, False)] and store.figures.misses == 0
+    run(store, fake, 1, [2])
+    assert heard[1:] == [("me", SIZE, True)]
+
+
 def test_the_likely_push_out_the_unlikely_and_one_place_is_left(make):
     store, fake = make(slots=2, staging=3, readers=1, ahead=2)
     store.fetch_ahead(wants(1, chance=0.4) + wants(2, chance=0.5) + wants(3, chance=0.3) + wants(4, chance=0.6))

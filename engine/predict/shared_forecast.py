@@ -125,6 +125,9 @@ class SharedForecast(Forecast):
         if layer >= 0:
             said.future_PE[self._position] = 0
             self._others_LE[layer] = said.future_PE.sum(0)
+        if not said.chance_PAE.any():
+            self._expected = {}
+            return
         here_PAE = self._here_LPE[layer + 1 : layer + 1 + self._depth].transpose(1, 0, 2)
         chance_PAE = said.chance_PAE[:, : here_PAE.shape[1]] * here_PAE
         chance_AE, rank_AE = 1 - np.prod(1 - chance_PAE, axis=0), chance_PAE.argmax(0)
