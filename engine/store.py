@@ -59,7 +59,7 @@ class Source(Protocol):
         ...
 
     def in_the_way(self, read: Future[Any]) -> int:
-        """For how many bytes of a read that has not ended a more urgent one has to wait, on average; 0: it may begin."""
+        """For how many bytes of a read that has not ended a more urgent one waits, on average; 0: it may begin."""
         ...
 
     def close(self, timeout_s: float) -> None:
