@@ -52,6 +52,7 @@ from .own_experts import OwnExperts
 from .parallel import Parallel, Seat, balance_planner, check_alike, first_tables
 from .params import SamplingParams
 from .predict.base import Rows
+from .predict.routers import RouterWatch
 from .progress import Progress
 from .recorder import RoutingRecorder
 from .resolve import resolve_model
@@ -191,6 +192,10 @@ class Engine:
         self._experts.recorder = RoutingRecorder([layer.top_k for layer in self.spec.experts])
         return self._experts.recorder
 
+    def watch_routers(self) -> RouterWatch:
+        """Sees in the next steps, up to its `settle`, how the layers come from the residual stream to their routers."""
+        return RouterWatch(self._model, self.spec)
+
     def place(self, version: int, tables: Sequence[Any]) -> None:
         """Move the experts to these tables. Raises ValueError for tables that are not this model's."""
         if self._parallel is None:
@@ -324,6 +329,15 @@ class Engine:
         self._parallel.take_part()
         with contextlib.suppress(ReadFailed):  # those say so whose tokens they were
             self._parallel.settle_reads()
+
+    def tend(self) -> bool:
+        """What goes on in the background; to be called now and then while there is no work. Whether there is more."""
+        return self._offload is not None and self._offload.tend()
+
+    def remember(self) -> None:
+        """The end of serving: keeps what makes the next start quicker."""
+        if self._offload is not None and self._parallel is None:
+            self._offload.remember()
 
     def stats(self, with_experts: bool) -> Stats:
         counted: dict[str, Any] = {f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()}

@@ -186,8 +186,9 @@ class ExpertFiles:
             extents.append(here)
         return extents
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]:
-        """Reads one expert into `buffer`, a piece per step; its bytes are good when the last step has been made.
+    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]:
+        """Reads one expert into `buffer`, a piece per step, of which it gives the bytes; they are good when the last
+        step has been made.
 
         Raises ExpertUnreadable.
         """
@@ -214,7 +215,7 @@ class ExpertFiles:
                 got = start + count
                 if not self.direct:
                     advise(self._files[extent.file], "POSIX_FADV_DONTNEED", extent.first + start, end - start)
-                yield
+                yield count
             place += extent.last - extent.first
         # After reading: whatever was done to the file before or meanwhile shows now.
         for file in dict.fromkeys(e.file for e in extents):

@@ -178,7 +178,7 @@ class HostExperts:
         """Where in `pool` an expert is that is here."""
         return self._slot[layer, expert]
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]:
+    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]:
         """As `ExpertFiles.steps`; nothing for those that are here."""
         if (layer, expert) not in self._slot:
             yield from self._files.steps(layer, expert, buffer)

@@ -330,6 +330,7 @@ class Stats:
     expert_ahead_ready: int = 0
     expert_ahead_bytes: int = 0
     expert_ahead_used_bytes: int = 0
+    expert_preloaded: int = 0
     expert_wait_ns: int = 0
     expert_on_cpu: int = 0
     expert_copied: int = 0

@@ -18,14 +18,17 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..scheduler.placement import slots_needed
 from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedNow, default_policy
+from ..scheduler.residency.preload import preload_order
 from ..scheduler.residency.slots import Budget, Policy
+from . import usage
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher, Note
-from .expert_files import AlignedBuffer, ExpertFiles
+from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
 from .expert_rows import few_rows, many_rows
 from .experts import ExpertPool, ExpertWeights, pool_in
 from .host_experts import HostExperts, host_budget
@@ -33,12 +36,13 @@ from .measure_disk import disk_constants
 from .miss_ways import STREAM, MissWays, ways_for
 from .predict.base import Predictor, Rows
 from .predict.choose import Chosen, predictors_for
+from .predict.exact import Exact
 from .predict.forecast import Forecast
 from .predict.look_ahead import LookAhead
 from .predict.meter import Meter
 from .predict.shared_forecast import SharedForecast
 from .readers import Priority, Read, Readers
-from .store import READ_TIMEOUT_S, ExpertLate, ExpertStore, Visit
+from .store import READ_TIMEOUT_S, ExpertLate, ExpertStore, Outcome, Visit, Want
 from .store_size import StoreSize, choose_size, share_out
 
 if TYPE_CHECKING:
@@ -55,9 +59,6 @@ POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "lfu": LFU,
     "lru": LRU,
 }
-
-LOOK_AHEAD = 2
-"""Layers: a question takes some tenths of a millisecond."""
 
 LEAST_CHANCE = 0.5
 """With which an expert is needed that is read ahead. Where steps wait for the disk, a read for nothing costs as much as
@@ -79,6 +80,8 @@ class OffloadPlan:
     """Whether this is one of several ranks, which tell each other what they predict."""
     read_ns_per_byte: float
     """Of the checkpoint's files."""
+    used_LE: Any = None
+    """How often each expert was used before, None where that is not known."""
     host_bytes: int | None = None
     """Of host memory for experts beside the device's; None where the device is the host."""
     misses: str = "auto"
@@ -161,6 +164,7 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         predictors=predictors,
         shares=ranks > 1 and config.predictor != "none",
         read_ns_per_byte=1e9 / disk.bytes_per_s,
+        used_LE=usage.load(fingerprint, len(specs), experts) if ranks == 1 else None,
         host_bytes=host_bytes,
         misses=config.misses,
         in_place=in_place,
@@ -218,6 +222,17 @@ class CheckpointSource:
     def nbytes(self, layer: int, expert: int) -> int:
         return self.nbytes_LE[layer][expert]
 
+    def bytes_read(self, read: Future[Any]) -> int:
+        assert isinstance(read, Read)
+        return read.bytes_read
+
+    def in_the_way(self, read: Future[Any]) -> int:
+        assert isinstance(read, Read)
+        if not self._readers.running(read):
+            return 0
+        nbytes = self.nbytes(read.layer, read.expert)
+        return (nbytes if self.host is not None else min(nbytes, PIECE_BYTES)) // 2
+
     def close(self, timeout_s: float) -> None:
         self._readers.close(timeout_s)
         self._files.close()
@@ -247,11 +262,14 @@ class Offload:
         self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
         chosen = plan.predictors
-        self._look_ahead = LookAhead(blueprint.model, blueprint.spec, LOOK_AHEAD) if chosen.look_ahead else None
+        self._look_ahead = None
+        if chosen.look_ahead:
+            self._look_ahead = LookAhead(blueprint.model, blueprint.spec, ridge=chosen.ridge)
+        self._exact = Exact(blueprint.model, blueprint.spec) if chosen.exact else None
         untrained = [*([self._look_ahead] if self._look_ahead is not None else []), *chosen.others]
         ns_per_byte = host.ns_per_byte if host is not None else plan.read_ns_per_byte
 
-        def meter(predictor: Predictor, judged: bool) -> Meter:
+        def meter(predictor: Predictor, judged: bool = True) -> Meter:
             return Meter(
                 predictor,
                 ns_per_byte=ns_per_byte,
@@ -262,12 +280,17 @@ class Offload:
 
         self.forecast: Forecast = (SharedForecast if plan.shares else Forecast)(
             [meter(predictor, False) for predictor in chosen.trained],
-            [meter(predictor, True) for predictor in untrained],
+            [meter(predictor) for predictor in untrained],
             plan.budget.layers,
             plan.budget.experts,
             least_chance=LEAST_CHANCE,
         )
+        self._meter = meter
+        self._layers = layers
+        self._fingerprint = blueprint.weights.checkpoint.fingerprint
+        self._filling = False
         self.store.heard = self._heard
+        self.forecast.idle_layers = lambda: self.store.figures.idle_layers
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, self.source, self.forecast, layer, number, self.ways)
 
@@ -279,22 +302,47 @@ class Offload:
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step of the engine, with these sequences' tokens."""
         self.store.begin_step()
+        self.tend()
         self.forecast.begin_step(rows)
         self.store.fetch_ahead(self.forecast.wants(-1))
 
-    def _heard(self, by: Any, nbytes: int, used: bool) -> None:
-        if self.ways is not None and by == STREAM:
-            self.ways.heard(used)
+    def _heard(self, want: Want, outcome: Outcome) -> None:
+        if self.ways is not None and want.by == STREAM:
+            self.ways.heard(outcome.used)
         else:
-            self.forecast.heard(by, nbytes, used)
+            self.forecast.heard(want, outcome)
 
     def forget(self) -> None:
         """Empties the store, as after the start: the warm-up is over."""
         if self._look_ahead is not None:
             self._look_ahead.settle()
+        if self._exact is not None:
+            self._exact.settle()
+            if self._exact.layers:
+                self.forecast.add(self._meter(self._exact))
+            self._exact = None
         self.store.forget(self.plan.policy())
         if self.ways is not None:
             self.ways.forget()
+        if self.plan.used_LE is not None:
+            order = preload_order(self.plan.used_LE, self.plan.budget)
+            log.info("filling empty slots with %d experts that were used most before, as the disk has time", len(order))
+            self._filling = True
+            self.store.preload(order)
+
+    def tend(self) -> bool:
+        """Goes on with filling empty slots. Whether there is more to do."""
+        if self._filling and not (more := self.store.tend()):
+            self._filling = more
+            log.info("%d slots were filled before they were asked for", self.store.figures.preloaded)
+        return self._filling
+
+    def remember(self) -> None:
+        """Keeps how often each expert was used, for the next start. Of one rank alone."""
+        counts_LE = np.zeros((self.plan.budget.layers, self.plan.budget.experts), dtype=np.int64)
+        for layer, counts in zip(self._layers, counts_LE, strict=True):
+            counts[: len(layer.counts_E)] = layer.counts_E.cpu().numpy()
+        usage.add(self._fingerprint, counts_LE)
 
     def close(self) -> None:
         """Ends reading, and what the CPU computes. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
@@ -320,6 +368,7 @@ class Offload:
             "expert_ahead_ready": figures.ahead_ready,
             "expert_ahead_bytes": figures.ahead_bytes,
             "expert_ahead_used_bytes": figures.ahead_used_bytes,
+            "expert_preloaded": figures.preloaded,
             "expert_wait_ns": figures.waited_ns,
             "predictors": self.forecast.figures(),
         } | ({} if self.ways is None else self.ways.counts())
@@ -410,7 +459,7 @@ class OffloadedLayer:
             out_TD = local.combine(y_RD, state)
         if self._ways is not None and experts is None:
             room = self._store.size.staging - 1
-            self._store.fetch_ahead(self._ways.end(self._number, len(used), room, self._store.has), room)
+            self._store.stream(self._ways.end(self._number, len(used), room, self._store.has))
         return out_TD
 
     def _compute(

@@ -34,7 +34,7 @@ class Priority(IntEnum):
 class Source(Protocol):
     """What readers read from: `ExpertFiles`, or a fake."""
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]: ...
+    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]: ...
 
     def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None: ...
 
@@ -61,9 +61,11 @@ class Read(Future[Mapping[str, torch.Tensor]]):
         self._waits = True
         self._unwanted = False
         self._begun = False
+        self.bytes_read = 0
+        """While it goes on."""
         self._own = own
         self._buffer: AlignedBuffer | None = None  # from its first piece to its last
-        self._steps: Iterator[None] | None = None
+        self._steps: Iterator[int] | None = None
 
 
 class Readers:
@@ -143,6 +145,10 @@ class Readers:
             self._give_back(read)
             self._changed.notify()
         read.set_exception(CancelledError("readers: abandoned"))
+
+    def running(self, read: Read) -> bool:
+        """Whether a thread is at it now."""
+        return read in self._running
 
     @property
     def waiting(self) -> int:
@@ -252,7 +258,8 @@ class Readers:
         try:
             if read._steps is None:
                 read._steps = self._source.steps(read.layer, read.expert, read._buffer)
-            for _ in read._steps:
+            for nbytes in read._steps:
+                read.bytes_read += nbytes
                 if self._set_aside(read):
                     return
             if read._own is None:

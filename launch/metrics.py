@@ -52,6 +52,11 @@ _COUNTERS = (
         "moe_expert_streamed",
         "Those that were copied before, with the rest of their layer, and used.",
     ),
+    (
+        "expert_preloaded",
+        "moe_expert_preloaded",
+        "Experts given slots that were empty before a router asked for them.",
+    ),
     ("decode_chosen", "decode_steps_chosen", "Steps in which not all requests that could decode did."),
     ("decode_passed_over", "decode_passed_over", "How often a request was passed over by such a step."),
     ("decode_regrouped", "decode_steps_regrouped", "Such steps that were not in order, to share missing experts."),
@@ -131,6 +136,7 @@ _PREDICTOR_GAUGES = {
     " then used; of late.",
     "us_per_token": "Microseconds per token that a predictor of routing takes; of late.",
     "useful_share": "Share of the bytes read ahead on a predictor's word that were used; of late.",
+    "depth": "How many layers ahead a predictor is asked, in steps of as many tokens as the last one.",
     "on": "Ranks in which a predictor is asked; one that costs more than it hides is not.",
 }
 """By the names of `Measured`'s properties."""

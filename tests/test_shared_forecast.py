@@ -16,6 +16,7 @@ from moeyard.engine.predict.meter import TRIAL_STEPS, Meter
 from moeyard.engine.predict.notes import NoteFormat
 from moeyard.engine.predict.shared_forecast import SharedForecast
 from moeyard.engine.readers import Priority
+from moeyard.engine.store import Outcome, Want
 
 LAYERS, EXPERTS, DEPTH = 3, 6, 2
 EVEN = np.arange(EXPERTS) % 2 == 0
@@ -155,13 +156,17 @@ def test_what_to_keep_is_what_all_ranks_sequences_will_use():
     assert ranks[1].future()[:, 0].tolist() == [1, 1, 0]
 
 
+def by(rank, predictor):
+    return Want(layer=0, expert=0, chance=1.0, by=(rank, predictor))
+
+
 def test_who_spoke_hears_what_it_was_worth_on_all_ranks():
     ranks = ranks_of([Says("x"), Says("y")], [Says("x")])
     begin(ranks)
-    ranks[1].heard((0, 1), 100, True)
-    ranks[1].heard((0, 1), 50, False)
-    ranks[0].heard((0, 1), 7, True)
-    ranks[0].heard((1, 0), 30, False)
+    ranks[1].heard(by(0, 1), Outcome(nbytes=100, used=True))
+    ranks[1].heard(by(0, 1), Outcome(nbytes=50))
+    ranks[0].heard(by(0, 1), Outcome(nbytes=7, used=True))
+    ranks[0].heard(by(1, 0), Outcome(nbytes=30))
     end(ranks)
     measured = [[meter.measured() for meter in rank.meters] for rank in ranks]
     assert [(it.read_bytes, it.used_bytes) for it in measured[0]] == [(0, 0), (157, 107)]
@@ -180,7 +185,7 @@ def test_a_predictor_is_switched_off_for_what_others_read_in_vain(used):
         begin(ranks, rows=[ROWS, ()])
         asked.append(bool(wanted(ranks[1], -1)))
         for want in ranks[1].wants(-1):
-            ranks[1].heard(want.by, 1000, used)
+            ranks[1].heard(want, Outcome(nbytes=1000, used=used, hidden=1000 * used))
         end(ranks)
     assert asked == [True] * TRIAL_STEPS + [used]
     assert ranks[0].meters[0].on == used
@@ -203,7 +208,7 @@ def test_alone_it_is_a_plain_forecast():
     plain.begin_step(ROWS)  # a step that does not end
     begin([shared, lost])
     exchange([shared, lost], 0)
-    shared.heard((1, 0), 9, True)
+    shared.heard(by(1, 0), Outcome(nbytes=9, used=True))
     shared.join(0, 1)
     for forecast in (plain, shared):
         forecast.begin_step(ROWS)
@@ -211,7 +216,7 @@ def test_alone_it_is_a_plain_forecast():
     assert (shared.future() == own).all() and not shared.elsewhere(0).any()
     for forecast in (plain, shared):
         for want in forecast.wants(-1):
-            forecast.heard(want.by, 10, want.expert == 0)
+            forecast.heard(want, Outcome(nbytes=10, used=want.expert == 0))
         forecast.end_step()
     assert plain.figures() == shared.figures() and shared.meters[1].measured().read_bytes == 20
 

@@ -40,6 +40,11 @@ class Predictor:
     """In metrics and logs, with underscores: `next_use`."""
     ordered: bool = False
     """Whether it looks at the order of a token's experts: to sort them by their weights takes time."""
+    exact: bool = False
+    """Whether what it says of a layer is known, not guessed: nobody else is asked about that layer then."""
+
+    reach: int = 4
+    """How many layers ahead it is asked at first; fewer where asking takes long."""
 
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step begins. Its tokens are known, its routing is not."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..readers import Priority
-from ..store import Want
+from ..store import Outcome, Want
 from .base import Array, Floats, Rows
 from .forecast import DEPTH, Forecast
 from .meter import Meter
@@ -74,8 +74,9 @@ class SharedForecast(Forecast):
         self._others_LE: Floats = np.zeros((layers, experts), dtype=np.float32)
         """Discounted uses by other ranks' tokens, of each layer as it was when it last ran."""
         self._expected: dict[int, _Expected] = {}
-        self._heard_PM2 = np.zeros((size, PREDICTORS, 2), dtype=np.int64)
-        """Bytes that were read here on the word of all ranks' predictors: in vain, and used."""
+        self._heard_PM4 = np.zeros((size, PREDICTORS, 4), dtype=np.int64)
+        """Bytes that were read here on the word of all ranks' predictors: in vain, used, hidden, and what that delayed.
+        """
 
     def place(self, layer: int, here_PE: Array) -> None:
         """Which experts each rank's tokens find at this rank, by a layer's table."""
@@ -108,8 +109,9 @@ class SharedForecast(Forecast):
         chance_AE: Floats = np.zeros((self._depth, self._format.experts), dtype=np.float32)
         by_A, future_E = np.zeros(self._depth, dtype=np.uint8), None
         if self._running:
+            depth_M = [self._depth if meter.exact else self.depth_of(meter).layers for meter in self.meters]
             for ahead in range(layer + 1, min(layer + 1 + self._depth, self._layers)):
-                by, chance_E = self._ask(ahead, every=ahead == layer + 1)
+                by, chance_E = self._ask(ahead, ahead - layer, depth_M)
                 if chance_E is not None:
                     chance_AE[ahead - layer - 1], by_A[ahead - layer - 1] = chance_E, by
             if layer >= 0:
@@ -123,6 +125,9 @@ class SharedForecast(Forecast):
         if layer >= 0:
             said.future_PE[self._position] = 0
             self._others_LE[layer] = said.future_PE.sum(0)
+        if not said.chance_PAE.any():
+            self._expected = {}
+            return
         here_PAE = self._here_LPE[layer + 1 : layer + 1 + self._depth].transpose(1, 0, 2)
         chance_PAE = said.chance_PAE[:, : here_PAE.shape[1]] * here_PAE
         chance_AE, rank_AE = 1 - np.prod(1 - chance_PAE, axis=0), chance_PAE.argmax(0)
@@ -155,12 +160,24 @@ class SharedForecast(Forecast):
 
     # What it was worth
 
-    def heard(self, by: int | tuple[int, int], nbytes: int, used: bool) -> None:
-        """`by` is the position of a rank and the number of its predictor."""
-        if isinstance(by, int):
-            super().heard(by, nbytes, used)
-        elif by[0] < self._size:  # of an earlier group there may be more
-            self._heard_PM2[(*by, int(used))] += nbytes
+    def heard(self, want: Want, outcome: Outcome) -> None:
+        """`want.by` is the position of a rank and the number of its predictor."""
+        if isinstance(want.by, int):
+            super().heard(want, outcome)
+        elif want.by[0] < self._size:  # of an earlier group there may be more
+            self._heard_PM4[want.by][int(outcome.used)] += outcome.nbytes
+            self._heard_PM4[want.by][2:] += outcome.hidden, outcome.delay
+
+    def add(self, meter: Meter) -> None:
+        super().add(meter)
+        assert len(self.meters) <= PREDICTORS
+
+    def _measure_depths(self) -> None:
+        """With several ranks it is not known how far ahead what was read was said: the depths stay."""
+        if self._size == 1:
+            super()._measure_depths()
+        else:
+            self._time.clear()
 
     def end_step(self) -> None:
         """Of several ranks the step is over with `settle`."""
@@ -169,14 +186,14 @@ class SharedForecast(Forecast):
 
     def tally(self) -> list[int]:
         """What became, since the last one, of the bytes that were read here: for `settle`, on all ranks."""
-        tally = self._heard_PM2.ravel().tolist()
-        self._heard_PM2[:] = 0
+        tally: list[int] = self._heard_PM4.ravel().tolist()
+        self._heard_PM4[:] = 0
         return tally
 
     def settle(self, tallies: Sequence[Sequence[int]]) -> None:
         """The end of a step, with the tallies of all ranks: this rank's predictors hear what they were worth there."""
-        all_M2 = np.array(tallies).reshape(self._size, *self._heard_PM2.shape)[:, self._position].sum(0)
-        for meter, (wasted, used) in zip(self.meters, all_M2.tolist(), strict=False):
-            meter.heard(wasted, False)
-            meter.heard(used, True)
+        all_M4 = np.array(tallies).reshape(self._size, *self._heard_PM4.shape)[:, self._position].sum(0)
+        for meter, (wasted, used, hidden, delay) in zip(self.meters, all_M4.tolist(), strict=False):
+            meter.heard(Outcome(nbytes=wasted, delay=delay))
+            meter.heard(Outcome(nbytes=used, used=True, hidden=hidden))
         super().end_step()

@@ -152,6 +152,19 @@ class Policy(ABC):
         admitted, evicted = self._decide(layer, misses, need_K)
         return Decision(hits=hits, misses=misses, admitted=admitted, evicted=evicted)
 
+    def place(self, layer: int, expert: int) -> bool:
+        """Gives a free slot to an expert that no event has asked for. False where it has one, or none is free for its
+        layer.
+        """
+        taken = int(np.maximum(self._count_L, self.budget.floor).sum())
+        if self._resident_LE[layer, expert] or (
+            self._count_L[layer] >= self.budget.floor and taken >= self.budget.slots
+        ):
+            return False
+        self._resident_LE[layer, expert] = True
+        self._count_L[layer] += 1
+        return True
+
     def settle(self, context: Context) -> Decision:
         """The step is over: what a policy decides with all of its routing known. Most decide nothing here."""
         return Decision()
