@@ -179,6 +179,7 @@ class CheckpointSource:
     def __init__(
         self, files: ExpertFiles, pools: Sequence[ExpertPool], size: StoreSize, host: HostExperts | None = None
     ) -> None:
+        assert host is None or pools[0].memory is None, "what comes from host memory is copied to slots"
         self.host = host
         self._files = files
         self._pools = pools

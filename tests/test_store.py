@@ -298,9 +298,9 @@ def test_a_layer_that_needs_nothing_here_forgets_what_was_read_ahead_for_it(make
     settle(store)
     visit = store.visit(0, [])
     assert visit.experts == () and [held.at for held in store._ahead] == [(1, 2)]
-    assert heard == [("me", SIZE, False)] and store.figures.misses == 0
+    assert heard == [("me", Outcome(nbytes=SIZE))] and store.figures.misses == 0
     run(store, fake, 1, [2])
-    assert heard[1:] == [("me", SIZE, True)]
+    assert heard[1:] == [("me", Outcome(nbytes=SIZE, used=True, hidden=SIZE))]
 
 
 def test_the_likely_push_out_the_unlikely_and_one_place_is_left(make):
