@@ -293,7 +293,7 @@ def test_a_layer_that_needs_nothing_here_forgets_what_was_read_ahead_for_it(make
     """As one of several ranks does, whose experts no token has chosen."""
     store, fake = make(slots=2, staging=5, readers=2, ahead=2)
     heard = []
-    store.heard = lambda *what: heard.append(what)
+    store.heard = lambda want, outcome: heard.append((want.by, outcome))
     store.fetch_ahead(wants(1, by="me") + wants(2, layer=1, by="me"))
     settle(store)
     visit = store.visit(0, [])
