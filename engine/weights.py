@@ -135,6 +135,13 @@ class WeightMap:
     def _check_sources(self, recipe: Recipe) -> None:
         """Counts and shapes of a recipe's sources, so far as they can be known before converting."""
         entries = self.checkpoint.entries
+        kept_as = self.expected[recipe.target].dtype
+        for name in recipe.names:
+            if (entries[name].dtype == "I64") == kept_as.is_floating_point:
+                raise ValueError(
+                    f"checkpoint: tensor {name} in {self._where(name)} has type {entries[name].dtype}; expected one to"
+                    f" be kept as {kept_as} (quantised checkpoints are not supported yet)"
+                )
         if recipe.converter is None:
             wanted, found = tuple(self.expected[recipe.target].shape), entries[recipe.names[0]].shape
             if wanted != found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
@@ -11,12 +13,15 @@ from test_look_ahead import Attention, Experts, spec_of
 from test_parity import generate, prompts, reference
 from torch import nn
 
+from moeyard.engine import moe, offload
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.predict.base import Predictor, Rows
 from moeyard.engine.predict.exact import Exact
 from moeyard.engine.predict.forecast import Forecast
 from moeyard.engine.predict.meter import Measured, Meter
+from moeyard.scheduler.cost import LinkCost
+from moeyard.scheduler.offload_cost import DiskCost
 
 HASHED = {
     "num_hidden_layers": 4,
@@ -35,6 +40,13 @@ HASHED = {
     "hc_sinkhorn_iters": 3,
 }
 """DeepSeek-V4 without its compressed attention, which keeps a state that is not managed."""
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
+    disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
+    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
 
 
 def save(path, hashed: int):

@@ -112,8 +112,22 @@ DENSE = "model.layers.0.self_attn.q_proj.weight"
             [EXPERT, "model.safetensors", "expected shape [24, 48]", "found [24, 47]"],
         ),
         (lambda t: t.update({DENSE: torch.zeros(64, 48, dtype=torch.int8)}), [DENSE, "I8", "expected one of"]),
+        (
+            lambda t: t.update({DENSE: torch.zeros(64, 48, dtype=torch.int64)}),
+            [DENSE, "I64", "expected one to be kept"],
+        ),
+        (lambda t: t.update({EXPERT: torch.zeros(24, 48, dtype=torch.int64)}), [EXPERT, "I64", "torch.float32"]),
     ],
-    ids=["missing", "missing expert", "extra", "wrong shape", "wrong expert shape", "wrong type"],
+    ids=[
+        "missing",
+        "missing expert",
+        "extra",
+        "wrong shape",
+        "wrong expert shape",
+        "wrong type",
+        "integer",
+        "integer expert",
+    ],
 )
 def test_damage_is_named(damaged, change, parts):
     with pytest.raises(ValueError) as error:
