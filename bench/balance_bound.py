@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..scheduler.balance.model import bound, transfer_ns
 from ..scheduler.balance.problem import FS, PS, Integers, Problem
+from .balance_departures import add_departures
 
 AVAILABLE = find_spec("scipy") is not None
 """Whether there is a solver. It is imported when it is needed: that takes a while."""
@@ -46,7 +47,8 @@ def sharper(problem: Problem, time_ns: int) -> int:
 
 def impossible(problem: Problem, ns: int) -> bool:
     """Whether it is certain that no plan is done `ns` after `base_ns`. False says nothing."""
-    return _refuted(_programme(problem, ns))
+    # The larger programme has all rows of the smaller one, but what the solver says of it is less exact.
+    return _refuted(_programme(problem, ns)) or _refuted(_programme(problem, ns, departures=True))
 
 
 class _Elsewhere(NamedTuple):
@@ -144,7 +146,7 @@ class _Rows:
         self.count += len(limits)
 
 
-def _programme(problem: Problem, ns: int) -> _Programme:
+def _programme(problem: Problem, ns: int, *, departures: bool = False) -> _Programme:
     """What every plan that is done at `ns` fulfils.
 
     Of each pair of an expert with rows and a holder: the work that is done there (ps), and whether it is streamed there
@@ -188,9 +190,20 @@ def _programme(problem: Problem, ns: int) -> _Programme:
     if several:
         _bundles(problem, ns, found, away_L, (rank_J, expert_J), 2 * n + ranks, rows)
     more = _only_in_parts(problem, time_ps, found, (rank_J, expert_J), guests_P, len(live) + 2 * n + ranks, rows)
+    leaving: list[int] = []
+    if departures:
+        new = 2 * n + ranks + experts + more
+        leaving = add_departures(problem, ns, (rank_J, expert_J), load_L, 2 * n + ranks, new, rows)
     at, columns, values = (np.concatenate(it) for it in zip(*rows.parts, strict=True))
     most = np.concatenate(
-        [most_J, one(n, dtype=np.int64), np.full(ranks, time_ps - arrival_ps), away_L, one(more, dtype=np.int64)],
+        [
+            most_J,
+            one(n, dtype=np.int64),
+            np.full(ranks, time_ps - arrival_ps),
+            away_L,
+            one(more, dtype=np.int64),
+            np.array(leaving, dtype=np.int64),
+        ],
     )
     return _Programme(at, columns, values, np.concatenate(rows.limits), most)
 

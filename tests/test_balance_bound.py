@@ -11,7 +11,7 @@ from balance_problems import GPT_OSS_EXPERT, RATES, problem_of, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeyard.bench import balance_bound
+from moeyard.bench import balance_bound, balance_departures
 from moeyard.bench.balance_bound import impossible, sharper
 from moeyard.bench.balance_grid import LOADS, Cell, Layout, placed, steps
 from moeyard.bench.balance_grid import problem as problem_in
@@ -24,6 +24,17 @@ from moeyard.scheduler.balance.problem import Integers, Problem, Rates
 
 pytest.importorskip("scipy.optimize")
 NS = 1_000_000
+
+
+SHARP = balance_departures.RESOLUTIONS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def coarse() -> Iterator[None]:
+    """Fewer intervals, which must be as true, and are faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balance_departures, "RESOLUTIONS", ((1 << 60, (4, 2)),))
+        yield
 
 
 def parted(total: int, places: int) -> Iterator[tuple[int, ...]]:
@@ -162,6 +173,23 @@ def test_few_tokens_and_copies_of_hot_experts() -> None:
     task = problem_in(cell, step.rows_PE, holds_PE, home_E, np.zeros(32, dtype=np.int64))
     time_ns = plan(task).modelled_ns
     assert bound(task) < 0.9 * time_ns and sharper(task, time_ns) > 0.99 * time_ns
+
+
+def test_experts_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One node: a rank's second hot expert has left when two transfers are over, and then little can be done of it.
+    Four nodes: four ranks would have to send two experts each, which near links and a bundle cannot do in that time.
+    """
+    monkeypatch.setattr(balance_departures, "RESOLUTIONS", SHARP)
+    for layout, tokens, name, least in (
+        (Layout(64, 1), 1024, "50 % in 16", 0.88),
+        (Layout(32, 4), 128, "80 % in 16", 0.99),
+    ):
+        cell = Cell(SHAPES["gpt-oss-120b"], layout, tokens, next(load for load in LOADS if load.name == name))
+        (step,) = steps(cell, 0)
+        holds_PE, home_E = placed(cell, "linear", step.earlier_E)
+        task = problem_in(cell, step.rows_PE, holds_PE, home_E, np.zeros(layout.ranks, dtype=np.int64))
+        time_ns = plan(task).modelled_ns
+        assert bound(task) < 0.87 * time_ns and impossible(task, int(least * time_ns) - task.rates.base_ns)
 
 
 def test_it_is_asked_only_where_the_other_bound_is_far(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,10 @@ from .moving_state import (
     O_SEGMENT,
     READY,
     RECEIVING,
+    RELIEVED,
     ROOM,
     S_EXPERT,
     S_RANK,
-    SENDING,
     TAKER,
     TRIAL,
     W_FAR,
@@ -44,13 +44,13 @@ from .moving_state import (
     space,
     starts_at,
 )
+from .offers import first_link, inside
 from .prices import (
     EXPERT,
     EXPERT_BYTES,
     FAR_ALPHA,
     FAR_RATE,
     GUEST,
-    MOST,
     MOST_PARTS,
     NEAR_ALPHA,
     NEAR_RATE,
@@ -62,50 +62,8 @@ from .prices import (
     ZERO,
     link_ns,
 )
+from .relief import relieve, relieved
 from .sending import give, reopen, send, share
-
-
-@compiled
-def _first_link(aim, rates, about_P, rows_S, segs_S, at_P, need_N, links_L, offers_O, origins, offers):
-    """The link that is free first and has something to send: (when, offer, whether it is the bundle to other nodes)."""
-    ranks = about_P.shape[1]
-    row = max(rates[ROW], rates[WIRE])
-    start, at, far = MOST, -1, 0
-    for i in range(offers):
-        if offers_O[O_OPEN, i] == 0:
-            continue
-        p, s = offers_O[O_RANK, i], offers_O[O_SEGMENT, i]
-        q = p if s < 0 else rows_S[S_RANK, s]
-        wants = at_P[EXCESS, q] > 0 or at_P[DROP, q] > 0
-        if s >= 0:
-            crosses = about_P[NODE, p] != about_P[NODE, q] and need_N[about_P[NODE, q]] >= row
-            wants = segs_S[LEFT, s] > 0 and (wants or crosses)
-        if not wants:
-            offers_O[O_OPEN, i] = 0
-            continue
-        if offers_O[O_OPEN, i] & NEAR_OPEN:
-            t = max(offers_O[O_FROM, i], links_L[SENDING, p])
-            # Where nodes pool what they have too much of, those that are last to send far ones send near ones first.
-            if t < start or (aim.pooled and t == start and far == 0 and i < origins):
-                start, at, far = t, i, 0
-        if offers_O[O_OPEN, i] & FAR_OPEN:
-            t = max(offers_O[O_FROM, i], links_L[SENDING, ranks + about_P[NODE, p]])
-            if t < start:
-                start, at, far = t, i, 1
-    return start, at, far
-
-
-@compiled
-def _inside(about_P, links_L, offers_O, origins, offers, segment, node):
-    """The first near link of a node over which what came from another node can be spread: (when, offer)."""
-    begin, at = MOST, -1
-    for i in range(origins, offers):
-        p = offers_O[O_RANK, i]
-        if offers_O[O_SEGMENT, i] == segment and offers_O[O_OPEN, i] & NEAR_OPEN and about_P[NODE, p] == node:
-            t = max(offers_O[O_FROM, i], links_L[SENDING, p])
-            if t < begin:
-                begin, at = t, i
-    return begin, at
 
 
 @compiled
@@ -132,6 +90,8 @@ def _takers(aim, about_P, holds_PE, at_P, links_L, has_PE, pick_P, expert, node,
         if (about_P[NODE, d] == node) == (far == 1) or has_PE[d, expert] == stamp or holds_PE[d, expert]:
             continue
         if at_P[DONE, d] >= aim.goal or at_P[ROOM, d] <= 0 or at_P[EXCESS, d] > 0 or at_P[DROP, d] > 0:
+            continue
+        if at_P[RELIEVED, d]:
             continue
         when = max(at_P[DONE, d], max(start, links_L[RECEIVING, ranks + about_P[NODE, d] if far else d]) * PS)
         if aim.seed & 1:
@@ -240,8 +200,8 @@ def _links(aim, rates, about_P, holds_PE, rows_S, links_L, offers_O, ways_W, off
 
 @compiled
 def attempt(aim, layer, segments, state, stamp, spent):
-    """Brings every rank to the goal if it can. Returns the number of transfers; LEFT in `state.segs_S` are the
-    rows that stay.
+    """Brings every rank to the goal if it can. Returns the number of transfers, -1 where helpers are to be relieved and
+    none has anything to lose; LEFT in `state.segs_S` are the rows that stay.
 
     `stamp` is another number for each attempt with this state; the steps it takes are added to `spent`.
     """
@@ -263,17 +223,40 @@ def attempt(aim, layer, segments, state, stamp, spent):
     ranks = about_P.shape[1]
     row = max(rates[ROW], rates[WIRE])
     origins, offers = begin(aim, layer, segments, state)
+    low, high = 0, offers
+    if aim.relief:
+        low, high = offers, relieve(aim, rates, about_P, at_P, offers_O, origins, offers)
+        spent[0] += aim.relief * aim.depth * origins * ranks
+        if low == high:
+            return -1
+        offers = high
+    relieving = aim.relief > 0
     count = 0
     # A segment whose expert came from another node and is spread in its own at once.
     forced, forced_node = np.int64(-1), np.int64(-1)
     while count < len(transfers):
         spent[0] += offers + 2 * ranks
-        start, at, far = _first_link(
-            aim, rates, about_P, rows_S, segs_S, at_P, need_N, links_L, offers_O, origins, offers
+        start, at, far = first_link(
+            aim,
+            rates,
+            about_P,
+            rows_S,
+            segs_S,
+            at_P,
+            need_N,
+            links_L,
+            offers_O,
+            origins,
+            low,
+            high if relieving else offers,
         )
+        if relieving and (at < 0 or start * PS >= aim.goal):
+            relieved(at_P, offers_O, low, high)
+            low, relieving = 0, False
+            continue
         spreading = False
-        if forced >= 0:
-            when, first = _inside(about_P, links_L, offers_O, origins, offers, forced, forced_node)
+        if forced >= 0 and not relieving:
+            when, first = inside(about_P, links_L, offers_O, origins, offers, forced, forced_node)
             if first >= 0:
                 start, at, far, spreading = when, first, 0, True
             forced = np.int64(-1)
@@ -298,7 +281,7 @@ def attempt(aim, layer, segments, state, stamp, spent):
             aim, rates, about_P, holds_PE, at_P, links_L, has_PE, pick_P, e, far, start, most, must_all, stamp, n
         )
         parts = 1 if best_d >= 0 else 0
-        if aim.slices and not grouped_E[e] and not must_all and start * PS >= aim.later:
+        if aim.slices and not grouped_E[e] and not must_all and (relieving or start * PS >= aim.later):
             links = _links(
                 aim,
                 rates,

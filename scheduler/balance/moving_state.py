@@ -22,9 +22,9 @@ NODE, ALL_ROOM, MOST_ROWS = range(3)
 S_EXPERT, S_RANK, S_ROWS, S_NEXT = range(4)
 LEFT, CLOSED = range(2)
 """Rows that stay in a segment; bits of the links by which nobody can take any more of it."""
-DONE, ROWS, TOUCHED, INCOMING, ROOM, EXCESS, DROP = range(7)
+DONE, ROWS, TOUCHED, INCOMING, ROOM, EXCESS, DROP, RELIEVED = range(8)
 """When a rank is done with all that it has so far; rows and experts of what it holds; rows of guests; bytes of room;
-rows and experts that it wants to lose.
+rows and experts that it wants to lose; whether it is to help later, and now may lose work.
 """
 SENDING, RECEIVING = range(2)
 O_RANK, O_SEGMENT, O_FROM, O_OPEN = range(4)
@@ -60,6 +60,8 @@ class Aim(NamedTuple):
     slices: np.int64
     later: np.int64
     pooled: np.int64
+    relief: np.int64
+    depth: np.int64
     seed: np.int64
 
 
@@ -97,7 +99,7 @@ def mixed(seed, a, b, amount):
 def new_state(ranks, experts, nodes, segments, most_transfers):
     return State(
         np.empty((2, segments), dtype=np.int64),
-        np.empty((7, ranks), dtype=np.int64),
+        np.empty((8, ranks), dtype=np.int64),
         np.empty(nodes, dtype=np.int64),
         np.empty((2, 2 * ranks), dtype=np.int64),
         np.zeros((ranks, experts), dtype=np.int64),
@@ -144,7 +146,7 @@ def begin(aim, layer, segments, state):
         segs_S[LEFT, i], segs_S[CLOSED, i] = rows_S[S_ROWS, i], 0
     for p in range(ranks):
         at_P[ROWS, p], at_P[TOUCHED, p] = segments.rows_P[p], segments.touched_P[p]
-        at_P[INCOMING, p], at_P[ROOM, p] = 0, about_P[ALL_ROOM, p]
+        at_P[INCOMING, p], at_P[ROOM, p], at_P[RELIEVED, p] = 0, about_P[ALL_ROOM, p], 0
     for i in range(links_L.shape[1]):
         links_L[SENDING, i], links_L[RECEIVING, i] = 0, 0
     for i in range(len(need_N)):
@@ -172,7 +174,7 @@ def begin(aim, layer, segments, state):
     for i in range(origins):
         offers_O[O_SEGMENT, i] = -1
         offers_O[O_FROM, i] = 0
-        offers_O[O_OPEN, i] = NEAR_OPEN | FAR_OPEN if rates[NODES] > 1 else NEAR_OPEN
+        offers_O[O_OPEN, i] = NEAR_OPEN | FAR_OPEN if rates[NODES] > 1 and aim.pooled < 2 else NEAR_OPEN
     for i in range(origins):
         p = offers_O[O_RANK, i]
         for s in range(first_P[p], first_P[p + 1]):

@@ -13,37 +13,53 @@ from .moving import attempt
 from .moving_state import LEFT, MOST_ROWS, ROWS, S_EXPERT, S_NEXT, S_RANK, S_ROWS, TOUCHED, Aim, Segments, new_state
 from .prices import BASE, MOST, NODES, PS, T_DESTINATION, T_ROWS, chunks_for, copy, worst_ns
 
-SLICES, QUANTUM, LATER, POOLED = range(4)
+SLICES, QUANTUM, LATER, POOLED, RELIEF, DEPTH = range(6)
 WAYS = np.array(
     [
-        (0, 0, 0, 0),
-        (0, 0, 0, 1),
-        (1, 0, 0, 1),
-        (3, 0, 0, 1),
-        (1, 0, 0, 0),
-        (1, 1, 0, 1),
-        (1, 2, 0, 1),
-        (2, 0, 0, 1),
-        (3, 0, 2, 1),
-        (1, 0, 2, 1),
-        (1, 0, 4, 1),
-        (1, 0, 5, 1),
-        (2, 0, 3, 1),
-        (0, 1, 0, 1),
-        (0, 2, 0, 1),
-        (2, 1, 0, 1),
-        (2, 0, 2, 1),
-        (1, 1, 2, 1),
-        (1, 0, 1, 1),
-        (1, 0, 3, 1),
-        (2, 0, 0, 0),
-        (0, 3, 0, 1),
+        (0, 0, 0, 0, 0, 0),
+        (0, 0, 0, 1, 0, 0),
+        (1, 0, 0, 1, 0, 0),
+        (3, 0, 0, 1, 0, 0),
+        (1, 0, 0, 0, 0, 0),
+        (1, 1, 0, 1, 0, 0),
+        (1, 2, 0, 1, 0, 0),
+        (2, 0, 0, 1, 0, 0),
+        (3, 0, 2, 1, 0, 0),
+        (1, 0, 2, 1, 0, 0),
+        (1, 0, 4, 1, 0, 0),
+        (1, 0, 5, 1, 0, 0),
+        (2, 0, 3, 1, 0, 0),
+        (0, 1, 0, 1, 0, 0),
+        (0, 2, 0, 1, 0, 0),
+        (2, 1, 0, 1, 0, 0),
+        (2, 0, 2, 1, 0, 0),
+        (1, 1, 2, 1, 0, 0),
+        (1, 0, 1, 1, 0, 0),
+        (1, 0, 3, 1, 0, 0),
+        (2, 0, 0, 0, 0, 0),
+        (0, 3, 0, 1, 0, 0),
+        (1, 0, 0, 1, 2, 1),
+        (1, 0, 0, 1, 3, 1),
+        (1, 0, 0, 1, 4, 1),
+        (1, 0, 0, 1, 2, 2),
+        (1, 0, 0, 1, 3, 2),
+        (1, 0, 0, 1, 4, 2),
+        (1, 0, 0, 1, 6, 1),
+        (0, 0, 0, 1, 2, 1),
+        (0, 0, 0, 1, 2, 2),
+        (2, 0, 0, 2, 0, 0),
+        (2, 1, 0, 2, 0, 0),
+        (2, 2, 0, 2, 0, 0),
+        (3, 0, 0, 2, 0, 0),
+        (2, 0, 2, 2, 0, 0),
     ],
     dtype=np.int64,
 )
 """How weights move, in the columns above: whole experts, and slices (`groups.OVER_ONE`, `OVER_BOTH`, `OVER_ALL`); one
-transfer brings at most 1/2 ** QUANTUM of the goal (0: no limit); slices only after LATER eighths of it; whether a node
-sends away what it has too much of together, so that a rank can give more than it must and then take from others.
+transfer brings at most 1/2 ** QUANTUM of the goal (0: no limit); slices only after LATER eighths of it; POOLED: whether
+a node sends away what it has too much of together, so that a rank can give more than it must and then take from others
+(1), and from there by bundles only with slices that near links bring, too (2); how many helpers of each rank lose work
+of their own first (RELIEF), for each of the first DEPTH experts that it sends.
 """
 
 TURNS = 2
@@ -116,7 +132,7 @@ def by_transfers(split_EP, rows_P, touched_P, layer, mean, best_ns, budget, spen
     for turn in range(len(WAYS) * TURNS):
         way = turn % len(WAYS)
         seed = np.int64(0) if turn < len(WAYS) else np.int64(turn)
-        if rates[NODES] == 1 and (WAYS[way, SLICES] == OVER_BOTH or way == 1 or (way and not WAYS[way, POOLED])):
+        if rates[NODES] == 1 and (WAYS[way, SLICES] == OVER_BOTH or way == 1 or (way and WAYS[way, POOLED] != 1)):
             continue  # the same as another
         low, high = mean, (best_ns - rates[BASE]) * PS
         for step in range(14):
@@ -127,8 +143,19 @@ def by_transfers(split_EP, rows_P, touched_P, layer, mean, best_ns, budget, spen
                 continue
             stamp += 1
             quantum = goal >> WAYS[way, QUANTUM] if WAYS[way, QUANTUM] else MOST
-            aim = Aim(goal, quantum, WAYS[way, SLICES], goal * WAYS[way, LATER] // 8, WAYS[way, POOLED], seed)
+            aim = Aim(
+                goal,
+                quantum,
+                WAYS[way, SLICES],
+                goal * WAYS[way, LATER] // 8,
+                WAYS[way, POOLED],
+                WAYS[way, RELIEF],
+                WAYS[way, DEPTH],
+                seed,
+            )
             count = attempt(aim, layer, segments, state, stamp, spent)
+            if count < 0:
+                break
             copy(at_P[ROWS], received)
             for i in range(count):
                 received[transfers[i, T_DESTINATION]] += transfers[i, T_ROWS]
