@@ -61,8 +61,8 @@ POLICIES: dict[str, Callable[[Budget], Policy]] = {
 }
 
 LEAST_CHANCE = 0.5
-"""With which an expert is needed that is read ahead. Where steps wait for the disk, a read for nothing costs as much as
-a right one saves.
+"""With which an expert is needed that is read ahead. Measured: with 0.25 half as much again is read for nothing, and no
+step is faster.
 """
 
 log = logging.getLogger("moeyard.offload")
