@@ -145,6 +145,7 @@ def tiles_for(
     return choose_tiles(
         rows_per_expert,
         x.element_size(),
+        gated=gated,
         tuned=load_tuned(file),
         deterministic=deterministic,
         shared_bytes=shared_bytes,

@@ -17,8 +17,10 @@ from .grouped_gemm import activate, activate_gated
 
 MOST_TOKENS = 4
 """Up to which `grouped_experts` comes here."""
-_UP_ROWS, _DOWN_ROWS = 8, 16
-_DEPTH = 256
+ROWS, DEPTH = 8, 512
+"""Rows of a weight that a program takes, and how much of each at a time: many programs, and each with several loads on
+their way. Not tuned.
+"""
 
 
 @triton.jit
@@ -155,15 +157,15 @@ def pair_experts(
         return out_TD
     h_PI = x_TD.new_empty(tokens * top_k, width)
     act = activation
-    pair_up_kernel[(tokens * top_k, triton.cdiv(width, _UP_ROWS))](
+    pair_up_kernel[(tokens * top_k, triton.cdiv(width, ROWS))](
         x_TD, ids_TK, slot_E, up_SND, up_bias_SN, h_PI, x_TD.stride(0), up_SND.stride(0), experts,
         K=hidden, N=up_SND.shape[1], TOP_K=top_k, HAS_SLOTS=slot_E is not None, HAS_BIAS=up_bias_SN is not None,
         KIND=act.kind, GATED=act.gated, INTERLEAVED=act.interleaved, ALPHA=act.alpha, LIMIT=act.limit, SHIFT=act.shift,
-        ROWS=_UP_ROWS, DEPTH=_DEPTH,
+        ROWS=ROWS, DEPTH=DEPTH,
     )  # fmt: skip
-    pair_down_kernel[(tokens, triton.cdiv(hidden, _DOWN_ROWS))](
+    pair_down_kernel[(tokens, triton.cdiv(hidden, ROWS))](
         h_PI, ids_TK, slot_E, weights_TK, down_SDI, down_bias_SD, out_TD, down_SDI.stride(0), experts,
         K=width, N=hidden, TOP_K=top_k, HAS_SLOTS=slot_E is not None, HAS_BIAS=down_bias_SD is not None,
-        ROWS=_DOWN_ROWS, DEPTH=_DEPTH,
+        ROWS=ROWS, DEPTH=DEPTH,
     )  # fmt: skip
     return out_TD

@@ -108,6 +108,11 @@ FIXED_16_BIT, FIXED_FLOAT32 = RULE_16_BIT[2][1], RULE_FLOAT32[1][1]
 """For every number of rows, where a row's result must not depend on how many there are."""
 
 
+_MOST_PLAIN_COLUMNS = 128
+"""Of the up projection without a gate: every value of a tile is activated at once then, for which wider ones lack
+registers."""
+
+
 def expected_rows(tokens: int, top_k: int, experts: int) -> float:
     """Mean rows of an expert that has any, for even routing: what is known without asking the device."""
     chosen = 1.0 - (1.0 - min(top_k, experts) / experts) ** tokens
@@ -118,6 +123,7 @@ def choose_tiles(
     rows_per_expert: float,
     itemsize: int,
     *,
+    gated: bool = True,
     tuned: dict[int, ExpertTiles] | None = None,
     deterministic: bool = False,
     shared_bytes: int = SHARED_BYTES,
@@ -134,8 +140,14 @@ def choose_tiles(
         chosen = tuned[min(tuned, key=lambda rows: (abs(math.log1p(rows) - math.log1p(rows_per_expert)), rows))]
     else:
         rule = RULE_16_BIT if narrow else RULE_FLOAT32
-        chosen = next(tiles for most, tiles in rule if rows_per_expert <= most)
+        chosen = _for_gate(next(tiles for most, tiles in rule if rows_per_expert <= most), gated)
     return chosen.within(shared_bytes, itemsize)
+
+
+def _for_gate(tiles: ExpertTiles, gated: bool) -> ExpertTiles:
+    if gated or tiles.up.columns <= _MOST_PLAIN_COLUMNS:
+        return tiles
+    return replace(tiles, up=replace(tiles.up, columns=_MOST_PLAIN_COLUMNS))
 
 
 def file_name(device: str, dtype: str, experts: int, hidden: int, width: int, gated: bool) -> str:
@@ -181,11 +193,11 @@ def as_json(tuned: dict[int, ExpertTiles], triton: str) -> dict[str, Any]:
     }
 
 
-def all_tiles(itemsize: int, folder: Path = CONFIGS) -> list[ExpertTiles]:
+def all_tiles(itemsize: int, gated: bool = True, folder: Path = CONFIGS) -> list[ExpertTiles]:
     """Every choice that `choose_tiles` can make for this size of element: the rule, and all tuned files."""
     rule, fixed = (RULE_16_BIT, FIXED_16_BIT) if itemsize == 2 else (RULE_FLOAT32, FIXED_FLOAT32)
-    found = [tiles for _, tiles in rule] + [fixed]
+    found = [_for_gate(tiles, gated) for _, tiles in rule] + [fixed]
     for path in sorted(folder.glob("*.json")):
-        if ("float32" in path.name.split(",")) == (itemsize == 4):
+        if ("float32" in path.name.split(",")) == (itemsize == 4) and path.name.endswith(",gated.json") == gated:
             found += (load_tuned(path.name, folder) or {}).values()
     return list(dict.fromkeys(found))

@@ -7,7 +7,7 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "the compil
 if not why_not():
     from moeyard.kernels.combine_rows import combine_rows_kernel
     from moeyard.kernels.grouped_gemm import grouped_gemm_kernel
-    from moeyard.kernels.pair_experts import pair_down_kernel, pair_up_kernel
+    from moeyard.kernels.pair_experts import DEPTH, ROWS, pair_down_kernel, pair_up_kernel
     from moeyard.kernels.route_few import route_few_kernel
     from moeyard.kernels.tile_config import SHARED_BYTES, all_tiles
 
@@ -74,7 +74,7 @@ def test_the_smallest_and_the_largest_tiles(which, architecture, part):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_all_tiles(architecture, dtype, model):
     """Those of the rule, and those of every tuned file."""
-    for tiles in all_tiles(SIZES[dtype]):
+    for tiles in all_tiles(SIZES[dtype], MODELS[model][2]["GATED"]):
         for part in ("up", "down"):
             check(architecture, dtype, part, tiles, model)
 
@@ -88,20 +88,20 @@ def others(architecture):
         {"D": 2048, "TOP_K": 8, "COLUMNS": 1024},
     )
     shared = {"ids": "i64", "slots": "i32", "w": "bf16", "bias": "bf16"}
-    constants = {"K": 2880, "N": 5760, "TOP_K": 4, "HAS_SLOTS": True, "HAS_BIAS": True, "DEPTH": 256}
+    constants = {"K": 2880, "N": 5760, "TOP_K": 4, "HAS_SLOTS": True, "HAS_BIAS": True, "ROWS": ROWS, "DEPTH": DEPTH}
     yield compile_for(
         architecture,
         pair_up_kernel,
         {**shared, "x": "bf16", "h": "bf16"},
         {"x_stride": 2880, "w_stride": 5760 * 2880, "experts": 128},
-        {**constants, **GPT_OSS, "ROWS": 8},
+        {**constants, **GPT_OSS},
     )
     yield compile_for(
         architecture,
         pair_down_kernel,
         {**shared, "h": "bf16", "weights": "fp32", "out": "bf16"},
         {"w_stride": 2880 * 2880, "experts": 128},
-        {**constants, "N": 2880, "ROWS": 16},
+        {**constants, "N": 2880},
     )
     outputs = ("counts_out", "pair_out", "position_out", "slot_out", "first_out", "count_out")
     yield compile_for(

@@ -189,7 +189,8 @@ def experts_case(dtype, tokens, activation, seed=0):
     experts, hidden, width, top_k = 11, 200, 72, 3
     rows = 2 * width if activation.gated else width
     shapes = ((tokens, hidden), (experts, rows, hidden), (experts, hidden, width), (experts, rows), (experts, hidden))
-    x, up, down, up_bias, down_bias = (torch.randn(*s, generator=generator) / s[-1] ** 0.5 for s in shapes)
+    x, up, down, up_bias, down_bias = (torch.randn(*s, generator=generator) for s in shapes)
+    up, down = up / hidden**0.5, down / width**0.5
     ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
     ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
     weights = torch.rand(tokens, top_k, generator=generator)

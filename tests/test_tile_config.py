@@ -1,5 +1,6 @@
 """Which tiles are chosen, and the files of tuned ones."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -64,7 +65,9 @@ def test_a_tuned_file_is_read_as_it_was_written(tmp_path):
     (tmp_path / name).write_text(json.dumps(as_json(tuned, "3.7.1")))
     assert load_tuned(name, tmp_path) == tuned
     assert load_tuned(name.replace("H200", "A100"), tmp_path) is None
-    assert set(all_tiles(2, tmp_path)) >= set(tuned.values()) and not set(all_tiles(4, tmp_path)) & set(tuned.values())
+    assert set(all_tiles(2, folder=tmp_path)) >= set(tuned.values())
+    for itemsize, gated in ((2, False), (4, True)):
+        assert not set(all_tiles(itemsize, gated, tmp_path)) & set(tuned.values())
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,8 @@ def test_bad_shapes(change, message):
 def test_every_choice_is_in_the_list_that_is_compiled():
     for itemsize in (2, 4):
         for mean in (0.5, 10, 20, 50, 500):
-            for deterministic in (False, True):
-                assert choose_tiles(mean, itemsize, deterministic=deterministic) in all_tiles(itemsize)
+            for deterministic, gated in itertools.product((False, True), repeat=2):
+                tiles = choose_tiles(mean, itemsize, gated=gated, deterministic=deterministic)
+                assert tiles in all_tiles(itemsize, gated)
+                assert gated or tiles.up.columns <= 128
     assert tile_config.SHARED_BYTES == 232_448
