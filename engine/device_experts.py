@@ -1,17 +1,18 @@
 """The experts of a layer on a GPU: by the Triton kernels where they can, and why not where they cannot.
 
-T: tokens, K: experts per token, D: hidden size, S: slots.
+T: tokens, K: experts per token, D: hidden size, S: slots, R: rows sorted by expert.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..kernels.activation import Activation
 from ..kernels.triton_version import why_no_triton
 from .activations import find_activation
 
@@ -19,14 +20,43 @@ if TYPE_CHECKING:
     from .experts import ExpertPool
     from .moe import MoELayer
 
-GroupedExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Of (x_TD, slots_TK, weights_TK), where a slot of -1 adds nothing: (sums_TD, counts_S)."""
-
 log = logging.getLogger("moeyard.device_experts")
 
 
+class GroupedExperts:
+    """The kernels on the slots of a pool whose experts have this activation."""
+
+    def __init__(self, pool: ExpertPool, activation: Activation) -> None:
+        from ..kernels import grouped_experts
+
+        self._kernels = grouped_experts
+        self._pool, self._activation = pool, activation
+
+    def __call__(
+        self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sums_TD, counts_S) over the slots that each token names; -1 adds nothing."""
+        weights, biases = self._experts()
+        return self._kernels.grouped_experts(x_TD, slots_TK, weights_TK, *weights, **biases)
+
+    def listed(
+        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], slots: Sequence[int]
+    ) -> torch.Tensor:
+        """y_RD of rows starts[g] to starts[g + 1] by the expert in slots[g]. A row's result does not depend on the
+        others.
+        """
+        weights, biases = self._experts()
+        return self._kernels.listed_experts(x_TD, token_R, starts, slots, *weights, **biases, deterministic=True)
+
+    def _experts(self) -> tuple[Any, dict[str, torch.Tensor | None]]:
+        """As the pool has them now: a pool that grows has other tensors."""
+        pool = self._pool
+        biases = {"up_bias_SN": pool.up_bias_SN, "down_bias_SD": pool.down_bias_SD}
+        return (pool.up_SND, pool.down_SDI, self._activation), biases
+
+
 def device_experts(pool: ExpertPool, gate: Any) -> tuple[GroupedExperts | None, str]:
-    """The kernels' function for a layer on a GPU and "", or None and the reason, which is logged once.
+    """The kernels for a layer on a GPU and "", or None and the reason, which is logged once.
 
     On a CPU None and "": it has kernels of its own.
     """
@@ -34,35 +64,18 @@ def device_experts(pool: ExpertPool, gate: Any) -> tuple[GroupedExperts | None, 
         return None, ""
     reason = why_no_triton() or _why_no_device(pool.up_SND.device, pool.up_SND.dtype)
     if not reason:
-        function = grouped_function(pool, gate)
-        if function is not None:
-            return function, ""
+        kernels = grouped_experts_of(pool, gate)
+        if kernels is not None:
+            return kernels, ""
         reason = f"the activation of {pool.spec.module} is none that they know"
     _tell(reason)
     return None, reason
 
 
-def grouped_function(pool: ExpertPool, gate: Any) -> GroupedExperts | None:
-    """`grouped_experts` on a pool's slots; None for an activation that the kernels do not know."""
-    from ..kernels.grouped_experts import grouped_experts
-
+def grouped_experts_of(pool: ExpertPool, gate: Any) -> GroupedExperts | None:
+    """The kernels on a pool's slots; None for an activation that they do not know."""
     activation = find_activation(gate, pool.up_SND.shape[1], pool.down_SDI.shape[2])
-    if activation is None:
-        return None
-
-    def run(x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return grouped_experts(
-            x_TD,
-            slots_TK,
-            weights_TK,
-            pool.up_SND,
-            pool.down_SDI,
-            activation,
-            up_bias_SN=pool.up_bias_SN,
-            down_bias_SD=pool.down_bias_SD,
-        )
-
-    return run
+    return GroupedExperts(pool, activation) if activation is not None else None
 
 
 def compile_experts(layers: Sequence[MoELayer], most_tokens: int) -> None:
@@ -73,7 +86,7 @@ def compile_experts(layers: Sequence[MoELayer], most_tokens: int) -> None:
     for layer in layers:
         pool, top_k = layer.pool, layer.pool.spec.top_k
         kind = (pool.up_SND.shape, pool.down_SDI.shape, pool.spec.has_bias, top_k)
-        if not layer.grouped or layer.offloaded is not None or kind in seen:
+        if layer.grouped is None or layer.offloaded is not None or kind in seen:
             continue
         seen.add(kind)
         log.info("compiling the Triton kernels for experts like those of %s, or loading them", pool.spec.module)

@@ -314,6 +314,8 @@ class OffloadedLayer:
             return combine(y_RD, rows.position_TK, weights_TK)
         local = LocalDispatcher(len(visit.experts))
         token_R, _, state = local.route(order_TK, weights_TK)
+        if layer.grouped is not None:
+            token_R = token_R.int()
         self._compute(visit, starts, few, deadline, x_TD, token_R, y_RD)
         return local.combine(y_RD, state)
 
@@ -333,6 +335,8 @@ class OffloadedLayer:
             rows = starts[done : done + len(places) + 1]
             low, high = rows[0], rows[-1]
             rows_of = self._few_rows if few else self._many_rows
+            if self._layer.grouped is not None:
+                rows_of = self._layer.grouped.listed
             y_RD[low:high] = rows_of(x_TD, token_R[low:high], [row - low for row in rows], places)
             done += len(places)
             if done < len(visit.experts) and time.monotonic() > deadline:

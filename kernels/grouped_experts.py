@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +23,7 @@ from .grouped_gemm import INTERPRETED, grouped_gemm
 from .pair_experts import MOST_TOKENS, pair_experts
 from .route_few import MOST_PAIRS, route_few
 from .tile_config import SHARED_BYTES, ExpertTiles, choose_tiles, expected_rows, file_name, load_tuned
-from .tile_list import Tiles, count_tiles, route_tiles
+from .tile_list import Tiles, count_tiles, listed_tiles, route_tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -113,6 +115,39 @@ def expert_major(
         return _both(x_RD, parts, tiles, up_SND, down_SDI, activation, up_bias_SN, down_bias_SD, x_RD.shape[0])
 
 
+def listed_experts(
+    x_TD: torch.Tensor,
+    token_R: torch.Tensor,
+    starts: Sequence[int],
+    slots: Sequence[int],
+    up_SND: torch.Tensor,
+    down_SDI: torch.Tensor,
+    activation: Activation,
+    *,
+    up_bias_SN: torch.Tensor | None = None,
+    down_bias_SD: torch.Tensor | None = None,
+    deterministic: bool = False,
+    tiles: ExpertTiles | None = None,
+) -> torch.Tensor:
+    """y_RD of groups of rows that the host knows: row r, which is x[token_R[r]] (int32), belongs to the group g with
+    starts[g] <= r < starts[g + 1], and that group's weights are in slots[g].
+
+    starts[0] is 0 and the last of them R. The rest as `grouped_experts` says; nothing is weighted.
+    """
+    _check_weights(x_TD, up_SND, down_SDI, activation, up_bias_SN, down_bias_SD)
+    _check("token_R", token_R, (starts[-1],), (torch.int32,), x_TD.device)
+    if starts[0] or len(starts) != len(slots) + 1 or any(high < low for low, high in itertools.pairwise(starts)):
+        raise ValueError(f"starts: {list(starts)} do not begin at 0 and ascend to R, one for each slot and one more")
+    if any(not 0 <= slot < up_SND.shape[0] for slot in slots):
+        raise ValueError(f"slots: {list(slots)} are not all in 0..{up_SND.shape[0] - 1}")
+    with _device_of(x_TD):
+        if tiles is None:
+            rows = starts[-1] / max(1, len(slots))
+            tiles = tiles_for(x_TD, up_SND.shape[0], down_SDI.shape[2], activation.gated, rows, deterministic)
+        parts = listed_tiles(starts, slots, tiles.rows, x_TD.device)
+        return _both(x_TD, parts, tiles, up_SND, down_SDI, activation, up_bias_SN, down_bias_SD, starts[-1], token_R, 1)
+
+
 def _both(
     x: torch.Tensor,
     parts: Tiles,
@@ -127,6 +162,10 @@ def _both(
     top_k: int = 0,
 ) -> torch.Tensor:
     """The two products."""
+    # Rows that came from other ranks lie apart by what is not a multiple of 16 elements, and Triton would load them
+    # value by value.
+    if x.shape[1] % 16 == 0 and (x.stride(0) % 16 or x.data_ptr() % 16):
+        x = x.clone(memory_format=torch.contiguous_format)
     h_RI = x.new_empty(rows, down_SDI.shape[2])
     y_RD = x.new_empty(rows, down_SDI.shape[1])
     grouped_gemm(

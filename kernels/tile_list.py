@@ -7,6 +7,7 @@ T: tokens, K: places of a token's top-k, E: experts, R: rows sorted by expert, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +111,25 @@ def count_tiles(
         first_M=(first_E[expert_M] + done_M).masked_fill_(~there_M, 0).int(),
         count_M=count_M.masked_fill_(~there_M, 0).int(),
     )
+
+
+def listed_tiles(starts: Sequence[int], slots: Sequence[int], rows: int, device: torch.device) -> Tiles:
+    """The tiles of groups whose rows are known to the host: group g has rows starts[g] to starts[g + 1] and its weights
+    in slots[g]. One copy to the device, for which the host does not wait.
+    """
+    check_rows_of_tiles(rows)
+    tiles = [
+        (slot, first, min(rows, end - first))
+        for slot, start, end in zip(slots, starts[:-1], starts[1:], strict=True)
+        for first in range(start, end, rows)
+    ]
+    # So that each of the three begins at a multiple of 16 bytes.
+    tiles += [(0, 0, 0)] * (-len(tiles) % 4)
+    listed = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).t().contiguous()
+    if device.type == "cuda":
+        listed = listed.pin_memory().to(device, non_blocking=True)
+    slot_M, first_M, count_M = listed
+    return Tiles(rows=rows, slot_M=slot_M, first_M=first_M, count_M=count_M)
 
 
 def check_routing(ids_TK: torch.Tensor, experts: int, rows: int, slot_E: torch.Tensor | None) -> None:

@@ -4,20 +4,28 @@ the interpreter has to be chosen before the kernels are imported.
 The interpreter is slow, so that everything here is tiny, and no size is a multiple of another.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
+from test_offload import OPTIONS
+from test_parity import generate, prompts, reference
 from test_tile_list import ROUTINGS, check
 from transformers import AutoModelForCausalLM
 
+from moeyard.engine import moe, offload
 from moeyard.engine.config import EngineConfig
-from moeyard.engine.device_experts import grouped_function
+from moeyard.engine.device_experts import grouped_experts_of
+from moeyard.engine.engine import Engine
 from moeyard.engine.loader import draw, load
 from moeyard.kernels import grouped_experts as module
 from moeyard.kernels.activation import Activation
-from moeyard.kernels.grouped_experts import expert_major, grouped_experts
+from moeyard.kernels.grouped_experts import expert_major, grouped_experts, listed_experts
 from moeyard.kernels.route_few import route_few
 from moeyard.kernels.tile_config import ExpertTiles, TileShape
+from moeyard.scheduler.cost import LinkCost
+from moeyard.scheduler.offload_cost import DiskCost
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 5, 40, 24, 6, 3
 SWIGLU = Activation()
@@ -131,6 +139,10 @@ def test_slots_apart_in_one_buffer():
         out, _ = grouped_experts(rows[:tokens], ids[:tokens], weights[:tokens], apart, down, SWIGLU)
         right = wanted(x[:tokens], ids[:tokens], weights[:tokens], up, down, SWIGLU, {})
         assert_near(out, right, torch.float32)
+    # 32 of its 40 values: rows that are copied first
+    out, _ = grouped_experts(x[:, 3:35], ids, weights, up[:, :, 3:35].contiguous(), down[:, 3:35].contiguous(), SWIGLU)
+    part = [x[:, 3:35], ids, weights, up[:, :, 3:35], down[:, 3:35]]
+    assert_near(out, wanted(*part, SWIGLU, {}), torch.float32)
 
 
 def test_tiles_that_experts_fill_several_of():
@@ -204,9 +216,8 @@ def test_a_layer_of_the_engine(architecture, tmp_path):
     (layer, *_) = load(blueprint, progress=False).layers
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
     experts = model.get_submodule(layer.pool.spec.module)
-    assert not layer.grouped and layer.why_not_grouped == ""
-    layer._grouped = grouped_function(layer.pool, layer.gate)
-    assert layer.grouped
+    assert layer.grouped is None and layer.why_not_grouped == ""
+    layer.grouped = grouped_experts_of(layer.pool, layer.gate)
     spec = layer.pool.spec
     for tokens in (0, 1, 6):
         x = torch.randn(tokens, layer.pool.down_SDI.shape[1], generator=torch.Generator().manual_seed(tokens))
@@ -216,6 +227,42 @@ def test_a_layer_of_the_engine(architecture, tmp_path):
         with torch.no_grad():
             torch.testing.assert_close(layer(x, ids, weights), experts(x, ids, weights), rtol=1e-4, atol=1e-4)
         assert torch.equal(layer.counts_E - before, torch.bincount(ids.flatten(), minlength=spec.num_experts))
+
+
+def test_an_engine_whose_experts_are_not_all_in_memory(tmp_path, monkeypatch):
+    """As on a GPU: groups of experts as they come."""
+    monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
+    disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
+    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
+    path = tiny.save("gpt_oss", tmp_path / "model", num_hidden_layers=1)
+    ids, groups = prompts(131, 1, longest=9), []
+    engine = Engine(EngineConfig(model=str(path), expert_memory="60%", **OPTIONS))
+    (layer,) = engine._experts.layers
+    layer.grouped, layer._compiled = grouped_experts_of(layer.pool, layer.gate), False
+    listed = layer.grouped.listed
+    layer.grouped.listed = lambda *args: groups.append(len(args[3])) or listed(*args)
+    assert generate(engine, ids, 2) == reference(path, ids, 2)
+    assert engine.stats(False).expert_misses > 0 and len(groups) > 2
+    engine.close()
+
+
+def test_groups_that_the_host_knows():
+    x, _, _, up, down, biases = case(bias=True)
+    token_R, starts, slots = torch.tensor([4, 0, 0, 1, 2, 3, 4], dtype=torch.int32), [0, 2, 2, 7], [5, 1, 0]
+    for options in ({"tiles": TILES}, {"deterministic": True}):
+        out = listed_experts(x, token_R, starts, slots, up, down, SWIGLU, **biases, **options)
+        for row, token in enumerate(token_R.tolist()):
+            slot = slots[0] if row < 2 else slots[2]
+            assert_near(out[row], one(x[token], slot, up, down, SWIGLU, biases), torch.float32)
+    # Deterministic: the same to the bit when one group comes without the other.
+    alone = listed_experts(x, token_R[2:].clone(), [0, 5], [0], up, down, SWIGLU, **biases, deterministic=True)
+    assert torch.equal(alone, out[2:])
+    with pytest.raises(ValueError, match="starts"):
+        listed_experts(x, token_R, [1, 7], [0], up, down, SWIGLU)
+    with pytest.raises(ValueError, match=r"slots: \[6\] are not all in 0\.\.5"):
+        listed_experts(x, token_R, [0, 7], [6], up, down, SWIGLU)
+    with pytest.raises(ValueError, match=r"token_R: .* of int32"):
+        listed_experts(x, token_R.long(), [0, 7], [0], up, down, SWIGLU)
 
 
 def test_no_tokens():

@@ -33,7 +33,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(device_experts, "why_no_triton", lambda: "")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(device_experts, "grouped_function", lambda pool, gate: gate)
+    monkeypatch.setattr(device_experts, "grouped_experts_of", lambda pool, gate: gate)
 
 
 def test_a_gpu_has_the_kernels(gpu, told):
@@ -102,7 +102,7 @@ def test_kernels_are_compiled_for_each_kind_of_layer_once():
         def __init__(self, number, experts, grouped=True):
             shapes = {"up_SND": torch.zeros(experts, 6, 4), "down_SDI": torch.zeros(experts, 4, 3)}
             spec = SimpleNamespace(has_bias=False, top_k=2, module=f"layers.{number}")
-            self.number, self.grouped, self.offloaded = number, grouped, None
+            self.number, self.grouped, self.offloaded = number, grouped or None, None
             self.pool = SimpleNamespace(**shapes, spec=spec, num_slots=experts)
 
         def run_local(self, x, slots, weights):

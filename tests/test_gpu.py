@@ -267,7 +267,7 @@ def test_layers_run_on_the_triton_kernels_and_can_do_without(architecture, tmp_p
     path = tiny.save(architecture, tmp_path / architecture)
     blueprint = draw(EngineConfig(model=str(path), dtype="float32", device="cuda"), path)
     (layer, *_) = load(blueprint, progress=False).layers
-    assert layer.grouped and layer.why_not_grouped == ""
+    assert layer.grouped is not None and layer.why_not_grouped == ""
     spec = layer.pool.spec
     for tokens in (1, 30):
         x = torch.randn(tokens, layer.pool.down_SDI.shape[1], device="cuda")
@@ -279,4 +279,4 @@ def test_layers_run_on_the_triton_kernels_and_can_do_without(architecture, tmp_p
         assert torch.equal(counts, plain_counts)
     monkeypatch.setattr(device_experts, "why_no_triton", lambda: "triton is away")
     layer.resized()
-    assert not layer.grouped and layer.why_not_grouped == "triton is away"
+    assert layer.grouped is None and layer.why_not_grouped == "triton is away"

@@ -1,11 +1,13 @@
 """The tiles of a routing against a loop over its pairs."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeyard.kernels.tile_list import count_tiles, most_tiles, route_tiles
+from moeyard.kernels.tile_list import count_tiles, listed_tiles, most_tiles, route_tiles
 
 
 def wanted(ids, experts, rows, slots=None):
@@ -87,6 +89,21 @@ def test_rows_that_lie_by_expert():
     found = list(zip(tiles.slot_M.tolist(), tiles.first_M.tolist(), tiles.count_M.tolist(), strict=True))
     real = [(0, 0, 4), (0, 4, 1), (2, 20, 4), (2, 24, 4), (2, 28, 2), (3, 30, 1)]
     assert found == real + [(0, 0, 0)] * (most_tiles(4, 4, 40) - len(real))
+
+
+@given(data=st.data())
+@settings(max_examples=30)
+def test_groups_that_the_host_knows(data):
+    counts = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+    slots = data.draw(st.lists(st.integers(0, 30), min_size=len(counts), max_size=len(counts)))
+    rows = data.draw(st.sampled_from([1, 4, 16]))
+    made = listed_tiles([0, *itertools.accumulate(counts)], slots, rows, torch.device("cpu"))
+    same = count_tiles(torch.tensor(counts), rows, sum(counts), slot_E=torch.tensor(slots))
+    assert made.length % 4 == 0
+    for name in ("slot_M", "first_M", "count_M"):
+        found, wanted = getattr(made, name).tolist(), getattr(same, name).tolist()
+        real = int((same.count_M > 0).sum())
+        assert found[:real] == wanted[:real] and not any(found[real:])
 
 
 def test_no_tokens():
