@@ -179,12 +179,13 @@ def tiles_for(
     x: torch.Tensor, experts: int, width: int, gated: bool, rows_per_expert: float, deterministic: bool = False
 ) -> ExpertTiles:
     """What the experts of these shapes use on x's device for so many rows each."""
-    name, shared_bytes = _device(x.device)
+    name, shared_bytes, wide = _device(x.device)
     file = file_name(name, str(x.dtype).removeprefix("torch."), experts, x.shape[1], width, gated)
     return choose_tiles(
         rows_per_expert,
         x.element_size(),
         gated=gated,
+        wide=wide,
         tuned=load_tuned(file),
         deterministic=deterministic,
         shared_bytes=shared_bytes,
@@ -192,12 +193,13 @@ def tiles_for(
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[str, int]:
-    """Its name, and the shared memory that a program may have."""
+def _device(device: torch.device) -> tuple[str, int, bool]:
+    """Its name, the shared memory that a program may have, and whether it is `wide`."""
     if device.type != "cuda":
-        return "interpreter", SHARED_BYTES
+        return "interpreter", SHARED_BYTES, True
     properties = torch.cuda.get_device_properties(device)
-    return properties.name, getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)
+    shared = getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)
+    return properties.name, shared, properties.major in (9, 10)
 
 
 def _device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:

@@ -108,9 +108,10 @@ FIXED_16_BIT, FIXED_FLOAT32 = RULE_16_BIT[2][1], RULE_FLOAT32[1][1]
 """For every number of rows, where a row's result must not depend on how many there are."""
 
 
-_MOST_PLAIN_COLUMNS = 128
-"""Of the up projection without a gate: every value of a tile is activated at once then, for which wider ones lack
-registers."""
+_NARROW = 128
+"""Columns where wider tiles lack registers: on GPUs whose tensor cores take their operands from registers (all but
+compute capability 9.0 and 10.0), and in an up projection without a gate, which activates a whole tile at once.
+"""
 
 
 def expected_rows(tokens: int, top_k: int, experts: int) -> float:
@@ -124,11 +125,13 @@ def choose_tiles(
     itemsize: int,
     *,
     gated: bool = True,
+    wide: bool = True,
     tuned: dict[int, ExpertTiles] | None = None,
     deterministic: bool = False,
     shared_bytes: int = SHARED_BYTES,
 ) -> ExpertTiles:
-    """The tiles for experts of so many rows: the nearest of `tuned`, else by rule.
+    """The tiles for experts of so many rows: the nearest of `tuned`, else by rule. `wide`: the GPU's tensor cores take
+    operands from shared memory, as those of compute capability 9.0 and 10.0 do.
 
     `deterministic`: the same for any number, so that no row's result depends on it.
     """
@@ -140,14 +143,17 @@ def choose_tiles(
         chosen = tuned[min(tuned, key=lambda rows: (abs(math.log1p(rows) - math.log1p(rows_per_expert)), rows))]
     else:
         rule = RULE_16_BIT if narrow else RULE_FLOAT32
-        chosen = _for_gate(next(tiles for most, tiles in rule if rows_per_expert <= most), gated)
+        chosen = _narrowed(next(tiles for most, tiles in rule if rows_per_expert <= most), gated, wide)
     return chosen.within(shared_bytes, itemsize)
 
 
-def _for_gate(tiles: ExpertTiles, gated: bool) -> ExpertTiles:
-    if gated or tiles.up.columns <= _MOST_PLAIN_COLUMNS:
-        return tiles
-    return replace(tiles, up=replace(tiles.up, columns=_MOST_PLAIN_COLUMNS))
+def _narrowed(tiles: ExpertTiles, gated: bool, wide: bool) -> ExpertTiles:
+    def narrow(shape: TileShape) -> TileShape:
+        return replace(shape, columns=min(shape.columns, _NARROW))
+
+    return ExpertTiles(
+        up=tiles.up if gated and wide else narrow(tiles.up), down=tiles.down if wide else narrow(tiles.down)
+    )
 
 
 def file_name(device: str, dtype: str, experts: int, hidden: int, width: int, gated: bool) -> str:
@@ -193,10 +199,10 @@ def as_json(tuned: dict[int, ExpertTiles], triton: str) -> dict[str, Any]:
     }
 
 
-def all_tiles(itemsize: int, gated: bool = True, folder: Path = CONFIGS) -> list[ExpertTiles]:
+def all_tiles(itemsize: int, gated: bool = True, wide: bool = True, folder: Path = CONFIGS) -> list[ExpertTiles]:
     """Every choice that `choose_tiles` can make for this size of element: the rule, and all tuned files."""
     rule, fixed = (RULE_16_BIT, FIXED_16_BIT) if itemsize == 2 else (RULE_FLOAT32, FIXED_FLOAT32)
-    found = [_for_gate(tiles, gated) for _, tiles in rule] + [fixed]
+    found = [_narrowed(tiles, gated, wide) for _, tiles in rule] + [fixed]
     for path in sorted(folder.glob("*.json")):
         if ("float32" in path.name.split(",")) == (itemsize == 4) and path.name.endswith(",gated.json") == gated:
             found += (load_tuned(path.name, folder) or {}).values()

@@ -67,7 +67,7 @@ def test_a_tuned_file_is_read_as_it_was_written(tmp_path):
     assert load_tuned(name.replace("H200", "A100"), tmp_path) is None
     assert set(all_tiles(2, folder=tmp_path)) >= set(tuned.values())
     for itemsize, gated in ((2, False), (4, True)):
-        assert not set(all_tiles(itemsize, gated, tmp_path)) & set(tuned.values())
+        assert not set(all_tiles(itemsize, gated, folder=tmp_path)) & set(tuned.values())
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,9 @@ def test_bad_shapes(change, message):
 def test_every_choice_is_in_the_list_that_is_compiled():
     for itemsize in (2, 4):
         for mean in (0.5, 10, 20, 50, 500):
-            for deterministic, gated in itertools.product((False, True), repeat=2):
-                tiles = choose_tiles(mean, itemsize, gated=gated, deterministic=deterministic)
-                assert tiles in all_tiles(itemsize, gated)
-                assert gated or tiles.up.columns <= 128
+            for deterministic, gated, wide in itertools.product((False, True), repeat=3):
+                tiles = choose_tiles(mean, itemsize, gated=gated, wide=wide, deterministic=deterministic)
+                assert tiles in all_tiles(itemsize, gated, wide)
+                assert (gated and wide) or tiles.up.columns <= 128
+                assert wide or tiles.down.columns <= 128
     assert tile_config.SHARED_BYTES == 232_448
