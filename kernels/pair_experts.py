@@ -26,8 +26,8 @@ their way. Not tuned.
 @triton.jit
 def _slot_of(ids, slots, pair, experts, HAS_SLOTS: tl.constexpr):
     """The slot of a pair's expert, -1 for none."""
-    slot = tl.load(ids + pair).to(tl.int32)
-    slot = tl.where(slot < experts, slot, -1)
+    expert = tl.load(ids + pair)
+    slot = tl.where((expert >= 0) & (expert < experts), expert, -1).to(tl.int32)
     if HAS_SLOTS:
         slot = tl.load(slots + tl.maximum(slot, 0), mask=slot >= 0, other=-1).to(tl.int32)
     return slot

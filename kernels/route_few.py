@@ -35,8 +35,9 @@ def route_few_kernel(
 ):
     """PAIRS, EXPERTS (more than there are) and TILES are powers of two."""
     p = tl.arange(0, PAIRS)
-    e = tl.load(ids + p, mask=p < pairs, other=-1).to(tl.int32)
+    e = tl.load(ids + p, mask=p < pairs, other=-1)
     there = (e >= 0) & (e < experts)
+    e = tl.where(there, e, 0).to(tl.int32)
     if HAS_SLOTS:
         there = there & (tl.load(slots + e, mask=there, other=-1) >= 0)
     e = tl.where(there, e, experts)

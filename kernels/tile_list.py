@@ -64,7 +64,7 @@ def route_tiles(ids_TK: torch.Tensor, experts: int, rows: int, slot_E: torch.Ten
     if slot_E is not None:
         there_P &= slot_E[flat_P.clamp(0, experts - 1)] >= 0
     expert_P = torch.where(there_P, flat_P, experts)
-    pair_R = torch.argsort(expert_P, stable=True)
+    pair_R = torch.argsort(expert_P.int(), stable=True)
     # bincount would wait for the device to learn its result's size.
     counts_E = flat_P.new_zeros(experts + 1).scatter_add_(0, expert_P, torch.ones_like(flat_P))[:experts]
     position_P = torch.empty(pairs, dtype=torch.int32, device=device)

@@ -265,6 +265,15 @@ def test_groups_that_the_host_knows():
         listed_experts(x, token_R.long(), [0, 7], [0], up, down, SWIGLU)
 
 
+@pytest.mark.parametrize("tokens", [2, TOKENS])
+def test_ids_that_32_bits_do_not_hold(tokens):
+    x, ids, weights, up, down, _ = case(tokens=tokens)
+    ids[1, 0] = 2**32 + 1
+    out, counts = grouped_experts(x, ids, weights, up, down, SWIGLU)
+    assert_near(out, wanted(x, ids, weights, up, down, SWIGLU, {}), torch.float32)
+    assert int(counts.sum()) == tokens * TOP_K - 1
+
+
 def test_no_tokens():
     x, ids, weights, up, down, _ = case()
     out, counts = grouped_experts(x[:0], ids[:0], weights[:0], up, down, SWIGLU)
