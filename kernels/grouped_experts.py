@@ -63,8 +63,8 @@ def grouped_experts(
     with _device_of(x_TD):
         if tokens <= MOST_TOKENS and not deterministic and tiles is None:
             out_TD = pair_experts(
-                x_TD, ids_TK, weights_TK, up_SND, down_SDI, activation, experts=experts, up_bias_SN=up_bias_SN,
-                down_bias_SD=down_bias_SD, slot_E=slot_E,
+                _aligned(x_TD), ids_TK, weights_TK, up_SND, down_SDI, activation, experts=experts,
+                up_bias_SN=up_bias_SN, down_bias_SD=down_bias_SD, slot_E=slot_E,
             )  # fmt: skip
             return out_TD, _count(ids_TK, experts, slot_E)
         if tiles is None:
@@ -162,10 +162,7 @@ def _both(
     top_k: int = 0,
 ) -> torch.Tensor:
     """The two products."""
-    # Rows that came from other ranks lie apart by what is not a multiple of 16 elements, and Triton would load them
-    # value by value.
-    if x.shape[1] % 16 == 0 and (x.stride(0) % 16 or x.data_ptr() % 16):
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = _aligned(x)
     h_RI = x.new_empty(rows, down_SDI.shape[2])
     y_RD = x.new_empty(rows, down_SDI.shape[1])
     grouped_gemm(
@@ -173,6 +170,15 @@ def _both(
     )
     grouped_gemm(h_RI, down_SDI, parts, tiles.down, y_RD, bias_SN=down_bias_SD)
     return y_RD
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Rows at multiples of 16 elements, where their width allows it: Triton loads others value by value. Those that
+    came from other ranks lie apart by more than their width.
+    """
+    if x.shape[1] % 16 == 0 and (x.stride(0) % 16 or x.data_ptr() % 16):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def tiles_for(

@@ -48,7 +48,8 @@ def activate_gated(gate, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.
     return activate(gate, KIND, ALPHA) * up
 
 
-@triton.jit(do_not_specialize=["tiles"])
+# Lists of small integers may begin anywhere: it is not worth another kernel.
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=["pair", "slots", "firsts", "counts"])
 def grouped_gemm_kernel(
     x,
     pair,

@@ -14,7 +14,10 @@ MOST_PAIRS = _SIZES[-1]
 """One program sorts them in its registers."""
 
 
-@triton.jit(do_not_specialize=["pairs", "experts", "tiles"])
+@triton.jit(
+    do_not_specialize=["pairs", "experts", "tiles"],
+    do_not_specialize_on_alignment=["slot_out", "first_out", "count_out"],
+)
 def route_few_kernel(
     ids,
     slots,
@@ -79,8 +82,7 @@ def route_few(ids_TK: torch.Tensor, experts: int, rows: int, slot_E: torch.Tenso
     pair_R = torch.empty(pairs, dtype=torch.int32, device=device)
     position_TK = torch.empty(ids_TK.shape, dtype=torch.int32, device=device)
     counts_E = torch.empty(experts, dtype=torch.int64, device=device)
-    # Each a tensor of its own, so that all addresses are multiples of 16: others would be another kernel.
-    slot_M, first_M, count_M = (torch.empty(length, dtype=torch.int32, device=device) for _ in range(3))
+    slot_M, first_M, count_M = torch.empty(3, length, dtype=torch.int32, device=device)
     route_few_kernel[(1,)](
         ids_TK, slot_E, counts_E, pair_R, position_TK, slot_M, first_M, count_M, pairs, experts, length,
         HAS_SLOTS=slot_E is not None, PAIRS=size, EXPERTS=max(32, triton.next_power_of_2(experts + 1)),

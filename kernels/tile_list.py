@@ -123,8 +123,6 @@ def listed_tiles(starts: Sequence[int], slots: Sequence[int], rows: int, device:
         for slot, start, end in zip(slots, starts[:-1], starts[1:], strict=True)
         for first in range(start, end, rows)
     ]
-    # So that each of the three begins at a multiple of 16 bytes.
-    tiles += [(0, 0, 0)] * (-len(tiles) % 4)
     listed = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).t().contiguous()
     if device.type == "cuda":
         listed = listed.pin_memory().to(device, non_blocking=True)

@@ -99,11 +99,10 @@ def test_groups_that_the_host_knows(data):
     rows = data.draw(st.sampled_from([1, 4, 16]))
     made = listed_tiles([0, *itertools.accumulate(counts)], slots, rows, torch.device("cpu"))
     same = count_tiles(torch.tensor(counts), rows, sum(counts), slot_E=torch.tensor(slots))
-    assert made.length % 4 == 0
     for name in ("slot_M", "first_M", "count_M"):
         found, wanted = getattr(made, name).tolist(), getattr(same, name).tolist()
         real = int((same.count_M > 0).sum())
-        assert found[:real] == wanted[:real] and not any(found[real:])
+        assert found == wanted[:real]
 
 
 def test_no_tokens():
