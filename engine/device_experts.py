@@ -48,10 +48,10 @@ class GroupedExperts:
         weights, biases = self._experts()
         return self._kernels.listed_experts(x_TD, token_R, starts, slots, *weights, **biases, deterministic=True)
 
-    def _experts(self) -> tuple[Any, dict[str, torch.Tensor | None]]:
+    def _experts(self) -> tuple[Any, dict[str, Any]]:
         """As the pool has them now: a pool that grows has other tensors."""
         pool = self._pool
-        biases = {"up_bias_SN": pool.up_bias_SN, "down_bias_SD": pool.down_bias_SD}
+        biases: dict[str, Any] = {"up_bias_SN": pool.up_bias_SN, "down_bias_SD": pool.down_bias_SD}
         return (pool.up_SND, pool.down_SDI, self._activation), biases
 
 

@@ -334,7 +334,7 @@ class OffloadedLayer:
         for places in visit:
             rows = starts[done : done + len(places) + 1]
             low, high = rows[0], rows[-1]
-            rows_of = self._few_rows if few else self._many_rows
+            rows_of: Callable[..., torch.Tensor] = self._few_rows if few else self._many_rows
             if self._layer.grouped is not None:
                 rows_of = self._layer.grouped.listed
             y_RD[low:high] = rows_of(x_TD, token_R[low:high], [row - low for row in rows], places)
