@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tqdm import tqdm
 
 from ..engine.checkpoint import Checkpoint
 from ..engine.config import EngineConfig
 from ..engine.engine import Engine
+from ..engine.memory import free_memory
 from ..engine.messages import Submit
 from ..engine.model import choose_max_model_len, load_config
 from ..engine.params import SamplingParams
+from ..engine.predict.streams import MOST_ROWS, StreamRecorder, Streams
 from ..engine.resolve import resolve_model
 from ..launch.tokenizer import load_tokenizer, sampling_defaults
 from .token_trace import ModelFacts, TokenTrace
@@ -25,20 +28,31 @@ from .token_trace import ModelFacts, TokenTrace
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A trace, and for each of its tokens [T] the id and whether the model generated it."""
+    """A trace, and for each of its tokens [T] the id and whether the model generated it; of some tokens the residual
+    stream, if that was asked for and there are routers that can be asked about it.
+    """
 
     trace: TokenTrace
     token_T: npt.NDArray[np.int32]
     generated_T: npt.NDArray[np.bool_]
+    streams: Streams | None = None
 
 
-def record(config: EngineConfig, files: Sequence[str], tokens: int | None, length: int, generate: int) -> Recording:
+def record(
+    config: EngineConfig,
+    files: Sequence[str],
+    tokens: int | None,
+    length: int,
+    generate: int,
+    streams: bool = False,
+) -> Recording:
     """Runs the engine on the texts.
 
     Args:
         tokens: of each file at most so many, from its beginning; None: all.
         length: a text is cut into sequences of so many tokens, or fewer if the model takes no more.
         generate: so many tokens are generated after each sequence, with the checkpoint's sampling and a fixed seed.
+        streams: the residual streams too, of as many tokens as a quarter of the free memory has room for.
     """
     path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
     limit = choose_max_model_len(load_config(path, trust_remote_code=config.trust_remote_code), config.max_model_len)
@@ -60,9 +74,29 @@ def record(config: EngineConfig, files: Sequence[str], tokens: int | None, lengt
             dense_bytes=int(engine.info["dense_bytes"]),
         )
         params = SamplingParams(**sampling_defaults(path) | {"max_tokens": generate + 1, "seed": 0})
-        return _run(engine, sequences, list(files), params, facts, Checkpoint(path).fingerprint, config.progress)
+        recorder = None
+        if streams:
+            recorder = _stream_recorder(engine, sum(len(ids) + generate for _, ids in sequences))
+        fingerprint = Checkpoint(path).fingerprint
+        made = _run(engine, sequences, list(files), params, facts, fingerprint, config.progress)
+        return made if recorder is None else dataclasses.replace(made, streams=recorder.take())
     finally:
         engine.close()
+
+
+def _stream_recorder(engine: Engine, tokens: int) -> StreamRecorder | None:
+    """None where no router can be asked."""
+    watch = engine.watch_routers()
+    engine.submit(Submit(request_id="watch", prompt_ids=[0] * 4, params=SamplingParams(max_tokens=1).to_dict()))
+    while engine.has_work:
+        engine.step()
+    routers = watch.settle()
+    asked = sum(router is not None for router in routers)
+    if asked < 2:
+        return None
+    room = free_memory(torch.device("cpu")) // 4 // (2 * asked * engine.spec.hidden_size)
+    experts_L = [layer.num_experts for layer in engine.spec.experts]
+    return StreamRecorder(routers, experts_L, max(1, -(-tokens // max(1, min(MOST_ROWS, int(room))))))
 
 
 def read_texts(

@@ -53,6 +53,12 @@ class TokenTrace:
         return max(self.model.experts, int(self.topk_TLK.max()) + 1)
 
     @property
+    def counts_LE(self) -> Integers:
+        """[L, E] tokens that used each expert."""
+        found = [np.bincount(ids_TK[ids_TK >= 0], minlength=self.experts) for ids_TK in self.topk_TLK.swapaxes(0, 1)]
+        return np.array(found, dtype=np.int64)
+
+    @property
     def end_S(self) -> Integers:
         return np.append(self.start_S[1:], len(self.topk_TLK))
 

@@ -2,8 +2,9 @@
 it.
 
 The engine runs the texts and records which experts each token uses. Some documents are held out; on the others the
-regression of `engine/next_use.py` is fitted and the network of `engine/predict/path_network.py` is trained. What does
-not beat the history baselines on the documents held out is not installed.
+regression of `engine/next_use.py` and look-ahead's ridge are fitted and the network of `engine/predict/path_network.py`
+is trained. What does not beat the history baselines, or look-ahead without a ridge, on the documents held out is not
+installed.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from ..engine.config import EngineConfig, format_size
@@ -29,9 +31,12 @@ from .token_trace import read_token_trace
 if TYPE_CHECKING:
     from ..engine.next_use import NextUse
     from ..engine.predict.path_network import PathNetwork
+    from ..engine.predict.stream_ridge import StreamRidge
+    from ..engine.predict.streams import Streams
+    from .look_ahead_ridge import Ahead
     from .predictor_scores import Standing
 
-NAMES = {"next_use": "ridge", "path": "path network"}
+NAMES = {"next_use": "ridge", "path": "path network", "look_ahead": "look-ahead's ridge"}
 LENGTH = 1024
 """Tokens of a sequence."""
 
@@ -65,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--predictors",
         metavar="NAME,NAME",
-        help=f"of {', '.join(NAMES)}: which to train (default: both). The regression needs memory for the square of all"
-        " experts",
+        help=f"of {', '.join(NAMES)}: which to train (default: all that can be). The regression needs memory for the"
+        " square of all experts",
     )
     parser.add_argument(
         "--resident", type=float, metavar="SHARE", help="of the experts, in the replay that compares (default: 0.25)"
@@ -83,21 +88,28 @@ def run(args: argparse.Namespace) -> int:
     wanted = _check(args)
     for name, value in ENVIRONMENT.items():  # a rank has these from its launcher; torch is not loaded yet
         os.environ.setdefault(name, value)
-    texts = _from_trace(args) if args.trace_file else _recorded(args)
+    texts, streams = (_from_trace(args), None) if args.trace_file else _recorded(args, "look_ahead" in wanted)
     fit, held = split(texts, args.held_out)
     progress = getattr(args, "progress", True)
     trained = _trained(args, wanted, fit, progress)
     standings = compare(held, trained, 0.25 if args.resident is None else args.resident, progress)
     passed, verdicts = judge(standings)
-    _print(args, texts, fit, held, standings, verdicts)
-    _install(args, texts.trace.digest, trained, passed)
+    ahead: dict[tuple[int, int], Ahead] = {}
+    if "look_ahead" in wanted:
+        from .look_ahead_ridge import fitted
+
+        ridge, ahead, note = fitted(streams, texts, fit, held, progress)
+        passed += () if ridge is None else ("look_ahead",)
+        trained = replace(trained, look_ahead=ridge, notes=(*trained.notes, note))
+    _print(args, texts, fit, held, standings, verdicts, ahead)
+    _install(args, texts.trace.digest, texts.trace.counts_LE, trained, passed)
     if args.json:
         samples = {
             "recall": {s.name: s.recall_D.tolist() for s in standings.values()},
             "held_out": [held.names[d] for d in np.unique(held.document_S)],
             "installed": list(passed),
         }
-        emit("train-predictor", _figures(standings), samples, args.json)
+        emit("train-predictor", _figures(standings, ahead), samples, args.json)
     return 0
 
 
@@ -105,10 +117,13 @@ def _check(args: argparse.Namespace) -> list[str]:
     """The predictors to train."""
     if bool(args.text) == bool(args.trace_file):
         raise ValueError("give --text FILE ..., texts for the model to run, or --trace FILE, and not both")
-    wanted = list(NAMES) if args.predictors is None else args.predictors.split(",")
+    can_be = [name for name in NAMES if name != "look_ahead" or not args.trace_file]
+    wanted = can_be if args.predictors is None else args.predictors.split(",")
     if set(wanted) - NAMES.keys() or len(set(wanted)) < len(wanted):
         raise ValueError(f"--predictors is {args.predictors!r}; give different ones of {', '.join(NAMES)}")
     if args.trace_file:
+        if "look_ahead" in wanted:
+            raise ValueError("--predictors look_ahead needs --text: a trace has no residual streams")
         given = [name for name in ("sequence_tokens", "generate") if getattr(args, name) is not None]
         given += [name for name in ENGINE_OPTIONS if name in args and name not in ("threads", "progress")]
         given += ["model"] if args.model_positional is not None else []
@@ -130,7 +145,7 @@ def _check(args: argparse.Namespace) -> list[str]:
 # Texts and documents
 
 
-def _recorded(args: argparse.Namespace) -> Texts:
+def _recorded(args: argparse.Namespace, with_streams: bool) -> tuple[Texts, Streams | None]:
     from ..engine.model import load_config
     from ..engine.resolve import resolve_model
     from .record import record
@@ -138,13 +153,15 @@ def _recorded(args: argparse.Namespace) -> Texts:
     if len(args.text) < LEAST:
         raise ValueError(too_few(len(args.text), "--text"))
     config = config_from(argparse.Namespace(**vars(args), max_num_seqs=1), EngineConfig)
-    made = record(config, args.text, args.tokens, args.sequence_tokens or LENGTH, args.generate or 0)
+    length = args.sequence_tokens or LENGTH
+    made = record(config, args.text, args.tokens, length, args.generate or 0, with_streams)
     path = resolve_model(config.model, config.revision, remote_code=config.trust_remote_code)
     vocab = int(load_config(path, trust_remote_code=config.trust_remote_code).get_text_config().vocab_size)
     trace = made.trace
-    return Texts(
+    texts = Texts(
         trace=trace, token_T=made.token_T, vocab=vocab, document_S=trace.domain_S, names=tuple(map(str, args.text))
     )
+    return texts, made.streams
 
 
 def _from_trace(args: argparse.Namespace) -> Texts:
@@ -175,6 +192,8 @@ def _from_trace(args: argparse.Namespace) -> Texts:
 class Trained:
     next_use: NextUse | None = None
     path: PathNetwork | None = None
+    look_ahead: StreamRidge | None = None
+    """Of the layers and depths where it is better."""
     notes: tuple[str, ...] = ()
     """Why one was not trained."""
 
@@ -302,6 +321,7 @@ def _print(
     held: Texts,
     standings: dict[str, Standing],
     verdicts: Sequence[str],
+    ahead: dict[tuple[int, int], Ahead],
 ) -> None:
     trace = texts.trace
     top_k = trace.topk_TLK.shape[2]
@@ -327,10 +347,18 @@ def _print(
     print()
     for line in verdicts:
         print(line)
+    if ahead:
+        from .look_ahead_ridge import ahead_table
+
+        print()
+        print(ahead_table(ahead, top_k))
 
 
-def _install(args: argparse.Namespace, digest: str, trained: Trained, passed: Sequence[str]) -> None:
+def _install(
+    args: argparse.Namespace, digest: str, counts_LE: npt.NDArray[np.int64], trained: Trained, passed: Sequence[str]
+) -> None:
     """What passes takes the place of an older one. What does not leaves an older one where it is, and says so."""
+    from ..engine import usage
     from ..engine.predict import installed
 
     folder = Path(args.out) if args.out else None
@@ -339,6 +367,9 @@ def _install(args: argparse.Namespace, digest: str, trained: Trained, passed: Se
     if not digest:
         print("Nothing is installed: the trace does not say of which model it is.")
         return
+    # Until the model has been served, the texts say which experts to begin with.
+    if usage.load(digest, *counts_LE.shape) is None:
+        usage.add(digest, counts_LE)
     for kind in NAMES:
         predictor = getattr(trained, kind)
         path = installed.path_of(kind, digest, folder)
@@ -350,9 +381,11 @@ def _install(args: argparse.Namespace, digest: str, trained: Trained, passed: Se
         print("Nothing is installed.")
 
 
-def _figures(standings: dict[str, Standing]) -> dict[str, float]:
+def _figures(standings: dict[str, Standing], ahead: dict[tuple[int, int], Ahead]) -> dict[str, float]:
+    from .look_ahead_ridge import ahead_figures
+
     found: dict[str, float] = {}
     for name, s in standings.items():
         found |= {f"recall_{name}": float(s.recall_D.mean()), f"recall_2k_{name}": float(s.recall_double_D.mean())}
         found |= {f"excess_closed_{name}": s.excess, f"misses_{name}": s.misses, f"copies_{name}": s.copies}
-    return found
+    return found | ahead_figures(ahead)

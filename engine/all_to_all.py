@@ -15,7 +15,7 @@ from ..scheduler.row_budget import LEAST_PARTS as EIGHTHS
 from ..scheduler.row_budget import RowBudget
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable
-from .dispatch import Arrived, Chunk, PlanMismatch
+from .dispatch import Arrived, Chunk, Note, PlanMismatch
 from .group import Pending, RankGroup
 from .lookup import Lookups
 from .rank_dispatch import RankDispatcher
@@ -80,7 +80,14 @@ class AllToAllDispatcher(RankDispatcher):
         self.routing: Routing | None = None
         """Of the last tokens, if they went by a balancing plan."""
 
-    def cut(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, plan: StepPlan) -> list[Any]:
+    def cut(
+        self,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        plan: StepPlan,
+        note: Note | None = None,
+    ) -> list[Any]:
         group, experts = self.group, self.table.experts
         balance = self._balance if plan.balanced else None
         budget = self._scarce(plan)
@@ -97,7 +104,11 @@ class AllToAllDispatcher(RankDispatcher):
             pairs_E.scatter_add_(0, flat + 1, torch.ones_like(flat, dtype=torch.int32))
             mine = torch.cat([pairs_E[1:], _by_part(routing, need_TP, bounds, budget is not None)]).cpu()
             gap = torch.tensor([balance.gap_us if balance is not None else 0], dtype=torch.int32)
-        counts = self._exchange(torch.cat([mine, gap]), plan)
+        words = [mine, gap] if note is None else [note.mine_N.view(torch.int32), mine, gap]
+        counts = self._exchange(torch.cat(words), plan)
+        if note is not None:
+            notes, counts = counts.split([len(words[0]), counts.shape[1] - len(words[0])], dim=1)
+            note.heard(notes.contiguous().view(torch.uint8))
         with group.progress.span("plan"):
             pairs_PE, rows, gap_P = counts[:, :experts], counts[:, experts:-1], counts[:, -1]
             way = balance.make(pairs_PE, int(gap_P.min())) if balance is not None else None

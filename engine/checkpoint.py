@@ -32,7 +32,7 @@ _ITEM_BYTES = {
     **dict.fromkeys(("I64", "U64", "F64"), 8),
 }
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_FLOATS = set(_TYPES)
+_TYPES |= {"I64": torch.int64}  # tables, such as which experts a token id has; quantised weights are of other types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,11 @@ class Entry:
     @property
     def itemsize(self) -> int:
         return _ITEM_BYTES[self.dtype]
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None for what is no floating-point type."""
+        return _TYPES.get(self.dtype)
 
     def row(self, index: int) -> Entry:
         """Row `index` of the first dimension, kept as a dimension of 1."""
@@ -86,10 +91,10 @@ class Checkpoint:
                 if entry.name in self.entries:
                     other = self.entries[entry.name].file.name
                     raise ValueError(f"checkpoint: tensor {entry.name} is in both {other} and {file.name}")
-                if entry.dtype not in _FLOATS:
+                if entry.dtype not in _TYPES:
                     raise ValueError(
                         f"checkpoint: tensor {entry.name} in {file.name} has type {entry.dtype}; expected one of"
-                        f" {', '.join(sorted(_FLOATS))} (quantised checkpoints are not supported yet)"
+                        f" {', '.join(sorted(_TYPES))} (quantised checkpoints are not supported yet)"
                     )
                 self.entries[entry.name] = entry
         for name, file in expected.items():

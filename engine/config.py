@@ -268,8 +268,6 @@ class EngineConfig:
         self._check_batching()
         if self.expert_memory is not None:
             parse_budget(self.expert_memory, 1, "expert_memory")
-            if self.ep is not None and self.ep > 1:
-                self.check_several_ranks()
             self._check_nothing_moves()
             if self.residency == "predicted" and self.predictor == "none":
                 raise ValueError(
@@ -321,15 +319,6 @@ class EngineConfig:
                         f"batching is affinity, which goes by the experts that are missing and predicted, and {name} is"
                         f" {'not set' if unfit is None else unfit}; use --batching order, or {remedy}"
                     )
-
-    def check_several_ranks(self) -> None:
-        """Raises ValueError for an option that several ranks do not have. Called where there are known to be."""
-        if self.predictor not in ("auto", "none") or self.residency == "predicted":
-            name = "residency" if self.residency == "predicted" else "predictor"
-            raise ValueError(
-                f"{name} is {getattr(self, name)}, and of several ranks none sees all the tokens that come to its"
-                " experts; leave it out, or use --ep 1"
-            )
 
     def _check_nothing_moves(self) -> None:
         """Raises ValueError for an option that is about weights on their way between ranks."""

@@ -64,9 +64,9 @@ class Connection:
             except MessageError as error:
                 log.error("dropped a message: %s", error)
 
-    def idle(self) -> None:
-        """Sleeps until there is a message, at most `IDLE_POLL_MS`."""
-        self._socket.poll(IDLE_POLL_MS)
+    def idle(self, most_ms: int | None = None) -> None:
+        """Sleeps until there is a message, at most `most_ms`, or `IDLE_POLL_MS`."""
+        self._socket.poll(IDLE_POLL_MS if most_ms is None else most_ms)
 
     def send(self, message: Any) -> None:
         data = encode(message)

@@ -27,7 +27,9 @@ def picker_for(config: EngineConfig, offload: Offload | None, top_k: int, ranks:
     """
     if config.batching == "affinity" and (offload is None or ranks > 1):
         why = (
-            "all experts are in memory, none is missing" if offload is None else "of other ranks' tokens none is known"
+            "all experts are in memory, none is missing"
+            if offload is None
+            else "what is missing on other ranks is not known"
         )
         remedy = "set --expert-memory to less than all of them" if offload is None else "use --ep 1"
         raise ValueError(f"batching is affinity, and {why}; leave it out, or {remedy}")

@@ -9,6 +9,7 @@ and expert; on the way: one per token and rank).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,16 @@ class Arrived:
     x_RD: torch.Tensor
     slots_RK: torch.Tensor
     weights_RK: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A few bytes that every rank tells all others in a layer's exchange: `mine_N`, as many on each rank, a multiple of
+    8. `heard` gets those of all ranks [P, N] before the layer's first chunk is computed.
+    """
+
+    mine_N: torch.Tensor
+    heard: Callable[[torch.Tensor], None]
 
 
 class Chunk:

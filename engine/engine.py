@@ -52,6 +52,7 @@ from .own_experts import OwnExperts
 from .parallel import Parallel, Seat, balance_planner, check_alike, first_tables
 from .params import SamplingParams
 from .predict.base import Rows
+from .predict.routers import RouterWatch
 from .progress import Progress
 from .recorder import RoutingRecorder
 from .resolve import resolve_model
@@ -193,6 +194,10 @@ class Engine:
         self._experts.recorder = RoutingRecorder([layer.top_k for layer in self.spec.experts])
         return self._experts.recorder
 
+    def watch_routers(self) -> RouterWatch:
+        """Sees in the next steps, up to its `settle`, how the layers come from the residual stream to their routers."""
+        return RouterWatch(self._model, self.spec)
+
     def place(self, version: int, tables: Sequence[Any]) -> None:
         """Move the experts to these tables. Raises ValueError for tables that are not this model's."""
         if self._parallel is None:
@@ -291,6 +296,8 @@ class Engine:
         for request_id in step.admitted:
             self._scheduler.get(request_id).payload.started = now
         if self._parallel is not None:
+            if self._offload is not None:
+                self._offload.announce(self._rows(step))
             plan = self._parallel.agree(sum(step.tokens.values()), self._scheduler.has_work)
             if plan is not None and not step.tokens:
                 self._take_part()
@@ -324,6 +331,15 @@ class Engine:
         self._parallel.take_part()
         with contextlib.suppress(ReadFailed):  # those say so whose tokens they were
             self._parallel.settle_reads()
+
+    def tend(self) -> bool:
+        """What goes on in the background; to be called now and then while there is no work. Whether there is more."""
+        return self._offload is not None and self._offload.tend()
+
+    def remember(self) -> None:
+        """The end of serving: keeps what makes the next start quicker."""
+        if self._offload is not None and self._parallel is None:
+            self._offload.remember()
 
     def stats(self, with_experts: bool) -> Stats:
         counted: dict[str, Any] = {f"{phase}_ns": ns for phase, ns in self.progress.totals_ns.items()}
@@ -363,7 +379,6 @@ class Engine:
             if plan is not None:
                 self._offload = Offload(plan, experts.layers, blueprint, progress=config.progress)
             return experts
-        config.check_several_ranks()
         group = seat.group
         self._fingerprint = blueprint.weights.checkpoint.fingerprint
         check_alike(group, self._fingerprint, config, START_TIMEOUT_S)
@@ -449,25 +464,28 @@ class Engine:
             torch.cuda.empty_cache()
         return peak
 
-    def _run(self, step: Step) -> torch.Tensor:
-        """Logits [B, V] of the sequences that sample in this step."""
-        spans = []
-        rows: list[Rows] = []
-        samples = set(step.samples)
+    def _rows(self, step: Step) -> list[Rows]:
+        """What is in a step, for those who predict."""
+        rows, first = [], 0
         for request_id, count in step.tokens.items():
             request = self._scheduler.get(request_id)
-            start = request.computed
-            tokens = request.tokens[start : start + count]
-            first = rows[-1].first + len(rows[-1].token_ids) if rows else 0
-            rows.append(Rows(request_id=request_id, first=first, token_ids=tokens, start=start))
-            spans.append(
-                Span(
-                    tokens=tokens,
-                    start=start,
-                    blocks=request.block_table,
-                    samples=request_id in samples,
-                )
+            tokens = request.tokens[request.computed : request.computed + count]
+            rows.append(Rows(request_id=request_id, first=first, token_ids=tokens, start=request.computed))
+            first += count
+        return rows
+
+    def _run(self, step: Step) -> torch.Tensor:
+        """Logits [B, V] of the sequences that sample in this step."""
+        samples, rows = set(step.samples), self._rows(step)
+        spans = [
+            Span(
+                tokens=row.token_ids,
+                start=row.start,
+                blocks=self._scheduler.get(row.request_id).block_table,
+                samples=row.request_id in samples,
             )
+            for row in rows
+        ]
         return self._run_batch(make_batch(spans, self._cache.block_size, self.device), rows)
 
     @torch.inference_mode()

@@ -66,13 +66,47 @@ class Extent:
 
 
 class AlignedBuffer:
-    """Memory for the blocks of one expert, allocated once. It counts `nbytes` whether something is in it or not."""
+    """Memory for blocks of files, allocated once. It counts `nbytes` whether something is in it or not."""
 
     def __init__(self, nbytes: int):
         self.nbytes = max(_whole_blocks(nbytes), BLOCK)
         pages = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.room = memoryview(pages)
         self.data_B = torch.frombuffer(pages, dtype=torch.uint8)
+
+    def split(self, nbytes: int) -> list[AlignedBuffer]:
+        """Buffers of `nbytes` each, whole blocks, that are parts of this one."""
+        assert nbytes % BLOCK == 0
+        parts = []
+        for start in range(0, self.nbytes - nbytes + 1, nbytes):
+            part = object.__new__(AlignedBuffer)
+            part.nbytes, part.room = nbytes, self.room[start : start + nbytes]
+            part.data_B = self.data_B[start : start + nbytes]
+            parts.append(part)
+        return parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _View:
+    """A tensor in a buffer."""
+
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def in_buffer(entry: Entry, start: int) -> _View:
+        assert entry.torch_dtype is not None
+        return _View(start=start, nbytes=entry.nbytes, dtype=entry.torch_dtype, shape=entry.shape)
+
+    @property
+    def suits(self) -> bool:
+        """Whether it begins where a tensor of its type may."""
+        return self.start % self.dtype.itemsize == 0
+
+    def of(self, data_B: torch.Tensor) -> torch.Tensor:
+        return data_B[self.start : self.start + self.nbytes].view(self.dtype).view(self.shape)
 
 
 class ExpertFiles:
@@ -91,6 +125,8 @@ class ExpertFiles:
         self._stamps = dict(self._readers[0].checkpoint.stamps) if self._readers else {}
         experts = [(layer, e) for layer, r in enumerate(self._readers) for e in range(r.spec.num_experts)]
         self._files: dict[Path, int] = {}
+        self._extents: dict[tuple[int, int], list[Extent]] = {}
+        self._placed: dict[tuple[int, int], dict[str, list[_View]] | None] = {}
         self.buffer_bytes = BLOCK
         """Of a buffer that has room for any of the experts."""
         where: dict[Path, tuple[int, int]] = {}
@@ -130,6 +166,12 @@ class ExpertFiles:
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
         """What is read for one expert, in file order. Tensors whose blocks touch are one extent."""
+        known = self._extents.get((layer, expert))
+        if known is None:
+            known = self._extents[layer, expert] = self._find_extents(layer, expert)
+        return known
+
+    def _find_extents(self, layer: int, expert: int) -> list[Extent]:
         parts = {
             (part.file, part.begin, part.nbytes)
             for stored in self._readers[layer].parts(expert).values()
@@ -144,8 +186,9 @@ class ExpertFiles:
             extents.append(here)
         return extents
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]:
-        """Reads one expert into `buffer`, a piece per step; its bytes are good when the last step has been made.
+    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]:
+        """Reads one expert into `buffer`, a piece per step, of which it gives the bytes; they are good when the last
+        step has been made.
 
         Raises ExpertUnreadable.
         """
@@ -172,7 +215,7 @@ class ExpertFiles:
                 got = start + count
                 if not self.direct:
                     advise(self._files[extent.file], "POSIX_FADV_DONTNEED", extent.first + start, end - start)
-                yield
+                yield count
             place += extent.last - extent.first
         # After reading: whatever was done to the file before or meanwhile shows now.
         for file in dict.fromkeys(e.file for e in extents):
@@ -195,6 +238,26 @@ class ExpertFiles:
             for room, part in reader.places(name, stored, into[name]):
                 _copy(room, part)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether every expert, once read, is in its buffer just as layers compute with it (`placed`)."""
+        return all(
+            self._find_views(layer, e) is not None for layer, n in enumerate(self.num_experts_L) for e in range(n)
+        )
+
+    @property
+    def place_bytes(self) -> int:
+        """Of a place that any expert can be read into, whole blocks."""
+        return _whole_blocks(max(self.buffer_bytes, *(r.nbytes + BLOCK // 8 for r in self._readers)))
+
+    def placed(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Views of a buffer: blocks of rows, which one after the other are what `tensors` gives when the expert was
+        read into it, if they are `in_place`.
+        """
+        views = self._find_views(layer, expert)
+        assert views is not None
+        return {name: tuple(block.of(buffer.data_B) for block in blocks) for name, blocks in views.items()}
+
     def read(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, torch.Tensor]:
         """Reads one expert now and gives its `tensors`. Raises ExpertUnreadable."""
         for _ in self.steps(layer, expert, buffer):
@@ -216,21 +279,35 @@ class ExpertFiles:
 
     def _stored(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, dict[str, torch.Tensor]]:
         """The stored tensors in `buffer`, as `ExpertReader.parts` names them."""
-        places: list[tuple[Extent, int]] = []
-        place = 0
-        for extent in self.extents(layer, expert):
-            places.append((extent, place - extent.first))
-            place += extent.last - extent.first
 
         def view(part: Entry) -> torch.Tensor:
-            shift = next(s for e, s in places if e.file == part.file and 0 <= part.begin - e.begin < max(e.nbytes, 1))
-            start = part.begin + shift
+            start = self._start_of(part, layer, expert)
             data_B = buffer.data_B[start : start + part.nbytes]
             # Old files' headers have any length, so that a tensor's place in the file need not suit its type.
             return part.view(data_B if start % part.itemsize == 0 else data_B.clone())
 
         parts = self._readers[layer].parts(expert)
         return {name: {p: view(part) for p, part in stored.items()} for name, stored in parts.items()}
+
+    def _start_of(self, part: Entry, layer: int, expert: int) -> int:
+        """Where in the expert's buffer a stored tensor begins."""
+        place = 0
+        for extent in self.extents(layer, expert):
+            if extent.file == part.file and 0 <= part.begin - extent.begin < max(extent.nbytes, 1):
+                return place + part.begin - extent.first
+            place += extent.last - extent.first
+        raise AssertionError(f"{part.name} is not of expert {expert} of MoE layer {layer}")
+
+    def _find_views(self, layer: int, expert: int) -> dict[str, list[_View]] | None:
+        if (layer, expert) not in self._placed:
+            stored = self._readers[layer].as_stored(expert) or {}
+            views = {
+                name: [_View.in_buffer(entry, self._start_of(entry, layer, expert)) for entry in entries]
+                for name, entries in stored.items()
+            }
+            suits = views and all(view.suits for blocks in views.values() for view in blocks)
+            self._placed[layer, expert] = views if suits else None
+        return self._placed[layer, expert]
 
     def _check(self, file: Path, layer: int, expert: int) -> None:
         """Raises ExpertUnreadable if the file is not what it was when its header was read."""

@@ -5,15 +5,31 @@ S: slots, I: expert width (2I for gate and up together), D: hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..scheduler.table import EMPTY
+from .expert_files import AlignedBuffer
 from .weights import ExpertReader
 
 UP_NAMES = ("gate_up_proj", "up_proj")
 DOWN_NAME = "down_proj"
+
+
+_ALIGNMENT = 64  # of each tensor in a pool's memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """Weights of one expert, wherever they are. `up_PND` are blocks of rows: all of them, or gate and up."""
+
+    up_PND: tuple[torch.Tensor, ...]
+    down_DI: torch.Tensor
+    up_bias_N: torch.Tensor | None = None
+    down_bias_D: torch.Tensor | None = None
 
 
 class ExpertPool:
@@ -21,11 +37,17 @@ class ExpertPool:
 
     `up_SND` is `[S, 2I, D]` for experts with a gate (the rows of gate and up in the model's own order), `[S, I, D]`
     without; `down_SDI` is `[S, D, I]`; biases or None. Whatever the checkpoint's layout, there is one copy of the
-    weights. With `shared` the slots are those of another layer's pool, whose experts have the same shapes.
+    weights. With `shared` the slots are those of another layer's pool, whose experts have the same shapes. With
+    `memory` they are parts of that.
     """
 
     def __init__(
-        self, reader: ExpertReader, num_slots: int, device: torch.device, shared: ExpertPool | None = None
+        self,
+        reader: ExpertReader,
+        num_slots: int,
+        device: torch.device,
+        shared: ExpertPool | None = None,
+        memory: AlignedBuffer | None = None,
     ) -> None:
         spec = reader.spec
         self.spec = spec
@@ -41,7 +63,9 @@ class ExpertPool:
             )
         self.contents = [EMPTY] * num_slots
         """The expert in each slot; -1 where there is none, or while one is being written."""
+        self.memory: AlignedBuffer | None = memory if shared is None else shared.memory
         self._device, self._shared = device, shared
+        self._rest_B = memory.data_B if memory is not None else None
         self.up_SND = self._empty(self._up_name)
         self.down_SDI = self._empty(DOWN_NAME)
         self.up_bias_SN: torch.Tensor | None = None
@@ -64,6 +88,10 @@ class ExpertPool:
             tensor: torch.Tensor = getattr(self._shared, self._names[parameter])
             assert tensor.shape == (self.num_slots, *shape) and tensor.dtype == dtype
             return tensor
+        if self._rest_B is not None:
+            nbytes = self.num_slots * math.prod(shape) * dtype.itemsize
+            part_B, self._rest_B = self._rest_B[:nbytes], self._rest_B[-(-nbytes // _ALIGNMENT) * _ALIGNMENT :]
+            return part_B.view(dtype).view(self.num_slots, *shape)
         return torch.empty(self.num_slots, *shape, dtype=dtype, device=self._device)
 
     @property
@@ -82,6 +110,20 @@ class ExpertPool:
         """A slot's tensors by parameter, in the layout of `ExpertReader.read`."""
         views = {parameter: getattr(self, name)[slot] for parameter, name in self._names.items()}
         return {p: t.t() if t.dim() == 2 and self.spec.is_transposed else t for p, t in views.items()}
+
+    def weights(self, slot: int) -> ExpertWeights:
+        """A slot's tensors."""
+        return self.named({parameter: (getattr(self, name)[slot],) for parameter, name in self._names.items()})
+
+    def named(self, blocks: Mapping[str, tuple[torch.Tensor, ...]]) -> ExpertWeights:
+        """What layers compute with, of parameters by name, each in blocks of rows."""
+        up_bias, down_bias = blocks.get(f"{self._up_name}_bias"), blocks.get(f"{DOWN_NAME}_bias")
+        return ExpertWeights(
+            up_PND=blocks[self._up_name],
+            down_DI=blocks[DOWN_NAME][0],
+            up_bias_N=up_bias[0] if up_bias else None,
+            down_bias_D=down_bias[0] if down_bias else None,
+        )
 
     def zero(self) -> None:
         """Writes zeros to all slots."""
@@ -122,6 +164,12 @@ class ExpertPool:
 
     def _tensors(self) -> list[torch.Tensor]:
         return [getattr(self, name) for name in dict.fromkeys(self._names.values())]
+
+
+def pool_in(memory: AlignedBuffer, reader: ExpertReader) -> ExpertPool:
+    """A pool of as many slots as are in `memory`."""
+    slots = (memory.nbytes - _ALIGNMENT * len(reader.spec.parameters)) // reader.nbytes
+    return ExpertPool(reader, slots, torch.device("cpu"), memory=memory)
 
 
 def load_experts(pool: ExpertPool, experts: Sequence[int]) -> Iterator[int]:

@@ -108,7 +108,7 @@ class HostExperts:
         """Whether an expert (MoE layer, expert) is here."""
         return at in self._piece
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]:
+    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]:
         """As `ExpertFiles.steps`; nothing for those that are here."""
         if (layer, expert) not in self._piece:
             yield from self._files.steps(layer, expert, buffer)

@@ -103,10 +103,15 @@ def load(
             scale = left / own
         shared: ExpertPool | None = None
         for spec, reader, row in zip(blueprint.spec.experts, readers, slots, strict=True):
-            pool = ExpertPool(reader, len(row), blueprint.device, shared if offload is not None else None)
-            if offload is not None and shared is None:
+            if offload is None:
+                pool = ExpertPool(reader, len(row), blueprint.device)
+            elif shared is not None:
+                pool = ExpertPool(reader, shared.num_slots, blueprint.device, shared)
+                row = ()
+            else:
+                pool = shared = offload.pool(reader, blueprint.device)
                 pool.zero()  # so that its memory is taken now, not while serving
-            shared = pool
+                row = ()
             for nbytes in load_experts(pool, row):
                 bar.update(int(nbytes * scale))
             module = model.get_submodule(spec.module)

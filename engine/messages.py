@@ -330,6 +330,7 @@ class Stats:
     expert_ahead_ready: int = 0
     expert_ahead_bytes: int = 0
     expert_ahead_used_bytes: int = 0
+    expert_preloaded: int = 0
     expert_wait_ns: int = 0
     decode_chosen: int = 0
     decode_passed_over: int = 0

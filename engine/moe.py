@@ -72,6 +72,8 @@ class MoELayer:
             return out_TD
         counts_E = self._count(ids_TK)
         self.counts_E += counts_E
+        if self.offloaded is not None and not (self.parallel is None and self.slot_E is None):
+            self.offloaded.routed(ids_TK, weights_TK)
         if self.parallel is not None:
             return self.parallel.run(self, x_TD, ids_TK, weights_TK)
         if self.overlap is not None:

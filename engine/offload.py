@@ -18,30 +18,36 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..kernels.expert_loop import expert_loop
 from ..scheduler.placement import slots_needed
 from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedNow, default_policy
+from ..scheduler.residency.preload import preload_order
 from ..scheduler.residency.slots import Budget, Policy
+from . import usage
 from .config import EngineConfig, format_size, parse_budget
-from .dispatch import LocalDispatcher
-from .expert_files import AlignedBuffer, ExpertFiles
+from .dispatch import LocalDispatcher, Note
+from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
+from .experts import ExpertPool, ExpertWeights, pool_in
 from .host_experts import HostExperts, host_budget
 from .measure_disk import disk_constants
 from .predict.base import Predictor, Rows
 from .predict.choose import Chosen, predictors_for
+from .predict.exact import Exact
 from .predict.forecast import Forecast
 from .predict.look_ahead import LookAhead
 from .predict.meter import Meter
+from .predict.shared_forecast import SharedForecast
 from .readers import Priority, Read, Readers
 from .store import ExpertLate, ExpertStore, Visit
-from .store_size import READS_IN_FLIGHT, StoreSize, share_out
+from .store_size import StoreSize, choose_size, share_out
 
 if TYPE_CHECKING:
-    from .experts import ExpertPool
     from .loader import Blueprint
     from .moe import MoELayer
+    from .weights import ExpertReader
 
 POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "predicted": PredictedNow,
@@ -51,9 +57,6 @@ POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "lfu": LFU,
     "lru": LRU,
 }
-
-LOOK_AHEAD = 2
-"""Layers: a question takes some tenths of a millisecond."""
 
 LEAST_CHANCE = 0.5
 """With which an expert is needed that is read ahead. Where steps wait for the disk, a read for nothing costs as much as
@@ -71,10 +74,22 @@ class OffloadPlan:
     budget: Budget
     residency: str
     predictors: Chosen
+    shares: bool = False
+    """Whether this is one of several ranks, which tell each other what they predict."""
     read_ns_per_byte: float
     """Of the checkpoint's files."""
+    used_LE: Any = None
+    """How often each expert was used before, None where that is not known."""
     host_bytes: int | None = None
     """Of host memory for experts beside the device's; None where the device is the host."""
+    in_place: bool = False
+    """Whether experts are read into their places, where they are then as they are in their files."""
+
+    def pool(self, reader: ExpertReader, device: torch.device) -> ExpertPool:
+        """The memory of all places, for the first of the layers, with whom the others share it."""
+        if not self.in_place:
+            return ExpertPool(reader, self.size.places, device)
+        return pool_in(AlignedBuffer(self.size.places * self.size.place), reader)
 
     def policy(self) -> Policy:
         return POLICIES[self.residency](self.budget)
@@ -112,16 +127,19 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         raise ValueError("expert_memory: the experts of this model's layers differ in shape; leave it out")
     with closing(ExpertFiles(readers)) as files:
         disk = disk_constants(files, progress=config.progress).values
+        around = files.place_bytes - readers[0].nbytes if on_cpu and files.in_place else None
     # A GPU's slots are filled from host memory: the buffers are there.
-    buffer, reads = (files.buffer_bytes, disk.best) if on_cpu else (0, READS_IN_FLIGHT)
-    size = share_out(budget, readers[0].nbytes, buffer, reads)
+    if on_cpu:
+        size, in_place = choose_size(budget, readers[0].nbytes, files.buffer_bytes, around, disk.best)
+    else:
+        size, in_place = share_out(budget, readers[0].nbytes, 0), False
     experts = max(spec.num_experts for spec in specs)
     slots = min(size.slots, len(specs) * experts)
     # A token has that many on a rank, if they are spread evenly; more than it has of its own must not be kept free.
     floor = min(*(-(-spec.top_k // ranks) for spec in specs), slots // len(specs), *own)
     shared = Budget(layers=len(specs), experts=experts, slots=slots, floor=floor)
     fingerprint = blueprint.weights.checkpoint.fingerprint
-    predictors = predictors_for(config.predictor, fingerprint, len(specs), experts) if ranks == 1 else Chosen()
+    predictors = predictors_for(config.predictor, fingerprint, len(specs), experts)
     residency = config.residency
     if residency == "auto":
         residency = "predicted" if predictors.trained else "default"
@@ -136,8 +154,11 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         budget=shared,
         residency=residency,
         predictors=predictors,
+        shares=ranks > 1 and config.predictor != "none",
         read_ns_per_byte=1e9 / disk.bytes_per_s,
+        used_LE=usage.load(fingerprint, len(specs), experts) if ranks == 1 else None,
         host_bytes=host_bytes,
+        in_place=in_place,
     )
 
 
@@ -152,7 +173,15 @@ class CheckpointSource:
         self.host = host
         self._files = files
         self._pools = pools
-        buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
+        self._places: list[AlignedBuffer] | None = None
+        buffers: list[AlignedBuffer] = []
+        if pools[0].memory is None:
+            self._weights = [pools[0].weights(place) for place in range(size.places)]
+            buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
+        else:
+            self._places = pools[0].memory.split(size.place)
+            nothing = torch.empty(0)
+            self._weights = [ExpertWeights(up_PND=(nothing,), down_DI=nothing)] * size.places
         self._readers = Readers(host or files, buffers, threads=size.readers)
         self.nbytes_LE = [
             [sum(extent.nbytes for extent in files.extents(layer, expert)) for expert in range(experts)]
@@ -163,7 +192,15 @@ class CheckpointSource:
         """As `store.Source` says, and so are the others."""
         if self.host is not None:
             self.host.mark()
-        return self._readers.submit(layer, expert, self._pools[layer].views(place), priority)
+        if self._places is None:
+            return self._readers.submit(layer, expert, self._pools[layer].views(place), priority)
+        buffer = self._places[place]
+        self._weights[place] = self._pools[layer].named(self._files.placed(layer, expert, buffer))
+        return self._readers.submit(layer, expert, {}, priority, buffer)
+
+    def weights(self, place: int) -> ExpertWeights:
+        """What layers compute with, once the expert that is on its way to a place has been read."""
+        return self._weights[place]
 
     def promote(self, read: Future[Any], priority: Priority) -> None:
         assert isinstance(read, Read)
@@ -175,6 +212,17 @@ class CheckpointSource:
 
     def nbytes(self, layer: int, expert: int) -> int:
         return self.nbytes_LE[layer][expert]
+
+    def bytes_read(self, read: Future[Any]) -> int:
+        assert isinstance(read, Read)
+        return read.bytes_read
+
+    def in_the_way(self, read: Future[Any]) -> int:
+        assert isinstance(read, Read)
+        if not self._readers.running(read):
+            return 0
+        nbytes = self.nbytes(read.layer, read.expert)
+        return (nbytes if self.host is not None else min(nbytes, PIECE_BYTES)) // 2
 
     def close(self, timeout_s: float) -> None:
         self._readers.close(timeout_s)
@@ -204,33 +252,47 @@ class Offload:
         self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
         chosen = plan.predictors
-        self._look_ahead = LookAhead(blueprint.model, blueprint.spec, LOOK_AHEAD) if chosen.look_ahead else None
+        self._look_ahead = None
+        if chosen.look_ahead:
+            self._look_ahead = LookAhead(blueprint.model, blueprint.spec, ridge=chosen.ridge)
+        self._exact = Exact(blueprint.model, blueprint.spec) if chosen.exact else None
         untrained = [*([self._look_ahead] if self._look_ahead is not None else []), *chosen.others]
         ns_per_byte = host.ns_per_byte if host is not None else plan.read_ns_per_byte
 
-        def meter(predictor: Predictor, judged: bool) -> Meter:
+        def meter(predictor: Predictor, judged: bool = True) -> Meter:
             return Meter(
                 predictor,
                 ns_per_byte=ns_per_byte,
-                resident=self.store.here,
+                resident=self._not_read,
                 least_chance=LEAST_CHANCE,
                 judged=judged,
             )
 
-        self.forecast = Forecast(
+        self.forecast: Forecast = (SharedForecast if plan.shares else Forecast)(
             [meter(predictor, False) for predictor in chosen.trained],
-            [meter(predictor, True) for predictor in untrained],
+            [meter(predictor) for predictor in untrained],
             plan.budget.layers,
             plan.budget.experts,
             least_chance=LEAST_CHANCE,
         )
+        self._meter = meter
+        self._layers = layers
+        self._fingerprint = blueprint.weights.checkpoint.fingerprint
+        self._filling = False
         self.store.heard = self.forecast.heard
+        self.forecast.idle_layers = lambda: self.store.figures.idle_layers
         for number, layer in enumerate(layers):
-            layer.offloaded = OffloadedLayer(self.store, self.forecast, layer, number)
+            layer.offloaded = OffloadedLayer(self.store, self.source, self.forecast, layer, number)
+
+    def announce(self, rows: Sequence[Rows]) -> None:
+        """With several ranks: the next step is about to be agreed on, with these sequences' tokens of this rank."""
+        if isinstance(self.forecast, SharedForecast):
+            self.forecast.announce(rows)
 
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step of the engine, with these sequences' tokens."""
         self.store.begin_step()
+        self.tend()
         self.forecast.begin_step(rows)
         self.store.fetch_ahead(self.forecast.wants(-1))
 
@@ -238,11 +300,40 @@ class Offload:
         """Empties the store, as after the start: the warm-up is over."""
         if self._look_ahead is not None:
             self._look_ahead.settle()
+        if self._exact is not None:
+            self._exact.settle()
+            if self._exact.layers:
+                self.forecast.add(self._meter(self._exact))
+            self._exact = None
         self.store.forget(self.plan.policy())
+        if self.plan.used_LE is not None:
+            order = preload_order(self.plan.used_LE, self.plan.budget)
+            log.info("filling empty slots with %d experts that were used most before, as the disk has time", len(order))
+            self._filling = True
+            self.store.preload(order)
+
+    def tend(self) -> bool:
+        """Goes on with filling empty slots. Whether there is more to do."""
+        if self._filling and not (more := self.store.tend()):
+            self._filling = more
+            log.info("%d slots were filled before they were asked for", self.store.figures.preloaded)
+        return self._filling
+
+    def remember(self) -> None:
+        """Keeps how often each expert was used, for the next start. Of one rank alone."""
+        counts_LE = np.zeros((self.plan.budget.layers, self.plan.budget.experts), dtype=np.int64)
+        for layer, counts in zip(self._layers, counts_LE, strict=True):
+            counts[: len(layer.counts_E)] = layer.counts_E.cpu().numpy()
+        usage.add(self._fingerprint, counts_LE)
 
     def close(self) -> None:
         """Ends reading. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
         self.store.close()
+
+    def _not_read(self, layer: int) -> Any:
+        """[E] which experts of a layer this rank need not read: they are here, or other ranks have them."""
+        here_E = self.store.here(layer)
+        return here_E | self.forecast.elsewhere(layer) if isinstance(self.forecast, SharedForecast) else here_E
 
     def figures(self) -> dict[str, Any]:
         """The fields of `Stats` that are about the store."""
@@ -257,6 +348,7 @@ class Offload:
             "expert_ahead_ready": figures.ahead_ready,
             "expert_ahead_bytes": figures.ahead_bytes,
             "expert_ahead_used_bytes": figures.ahead_used_bytes,
+            "expert_preloaded": figures.preloaded,
             "expert_wait_ns": figures.waited_ns,
             "predictors": self.forecast.figures(),
         }
@@ -265,11 +357,26 @@ class Offload:
 class OffloadedLayer:
     """A layer whose experts are in the store, MoE layer `number` of it."""
 
-    def __init__(self, store: ExpertStore, forecast: Forecast, layer: MoELayer, number: int) -> None:
+    def __init__(
+        self, store: ExpertStore, source: CheckpointSource, forecast: Forecast, layer: MoELayer, number: int
+    ) -> None:
         self._store = store
-        self._forecast = forecast
+        self._source = source
+        self.forecast = forecast
         self._layer = layer
         self._number = number
+
+    def routed(self, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        """The layer's router has chosen for this rank's tokens."""
+        self.forecast.routed(self._number, ids_TK, weights_TK)
+
+    def note(self) -> Note | None:
+        """What this rank tells the others when the router has chosen; None where predictions are not shared."""
+        forecast, number = self.forecast, self._number
+        if not isinstance(forecast, SharedForecast):
+            return None
+        mine_N = torch.from_numpy(forecast.say(number))
+        return Note(mine_N=mine_N, heard=lambda notes_PN: forecast.hear(number, notes_PN.numpy()))
 
     def run(
         self,
@@ -287,18 +394,15 @@ class OffloadedLayer:
         Raises ExpertUnreadable and ExpertLate.
         """
         layer, counts = self._layer, counts_E.tolist()
-        if not any(counts):
-            return torch.zeros_like(x_TD)
-        if experts is None:  # of several ranks none sees all tokens that come to its experts
-            self._forecast.routed(self._number, ids_TK, weights_TK)
         used = [expert for expert, count in enumerate(counts) if count]
-        visit = self._store.visit(self._number, used, self._forecast.future())
-        self._store.fetch_ahead(self._forecast.wants(self._number))
+        self._store.ask(self._number, used)
+        if experts is None:
+            self.routed(ids_TK, weights_TK)
+        visit = self._store.visit(self._number, used, self.forecast.future())
+        self._store.fetch_ahead(self.forecast.wants(self._number))
+        if not used:
+            return torch.zeros_like(x_TD)
         # Experts are numbered in the order in which they run, so that each group's rows follow each other.
-        order_E = torch.full(counts_E.shape, -1)
-        order_E[list(visit.experts)] = torch.arange(len(visit.experts))
-        order_E = order_E.to(ids_TK.device)
-        order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
         starts = [0, *itertools.accumulate(counts[expert] for expert in visit.experts)]
         if experts is None:
             few = layer.takes_few_rows(ids_TK.numel(), len(counts))
@@ -307,11 +411,15 @@ class OffloadedLayer:
         y_RD = x_TD.new_empty(starts[-1], x_TD.shape[1])
         if layer.compiled:
             from ..kernels.grouped_linear import combine
-            from ..kernels.sort_rows import sort_rows
+            from ..kernels.sort_rows import sort_rows_in
 
-            rows = sort_rows(order_TK, len(visit.experts))
+            rows = sort_rows_in(visit.experts, ids_TK, len(counts))
             self._compute(visit, starts, few, deadline, x_TD, rows.token_R, y_RD)
             return combine(y_RD, rows.position_TK, weights_TK)
+        order_E = torch.full(counts_E.shape, -1)
+        order_E[list(visit.experts)] = torch.arange(len(visit.experts))
+        order_E = order_E.to(ids_TK.device)
+        order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
         local = LocalDispatcher(len(visit.experts))
         token_R, _, state = local.route(order_TK, weights_TK)
         if layer.grouped is not None:
@@ -334,10 +442,7 @@ class OffloadedLayer:
         for places in visit:
             rows = starts[done : done + len(places) + 1]
             low, high = rows[0], rows[-1]
-            rows_of: Callable[..., torch.Tensor] = self._few_rows if few else self._many_rows
-            if self._layer.grouped is not None:
-                rows_of = self._layer.grouped.listed
-            y_RD[low:high] = rows_of(x_TD, token_R[low:high], [row - low for row in rows], places)
+            y_RD[low:high] = self._group(few, x_TD, token_R[low:high], [row - low for row in rows], places)
             done += len(places)
             if done < len(visit.experts) and time.monotonic() > deadline:
                 raise ExpertLate(
@@ -345,32 +450,56 @@ class OffloadedLayer:
                     " which the other ranks wait; raise --collective-timeout, or --expert-memory"
                 )
 
+    def _group(
+        self, few: bool, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]
+    ) -> torch.Tensor:
+        """The rows of experts that are there."""
+        if self._layer.grouped is not None:
+            assert self._layer.pool.memory is None, "a device's places are slots"
+            return self._layer.grouped.listed(x_TD, token_R, starts, places)
+        rows_of = self._few_rows if few else self._many_rows
+        return rows_of(x_TD, token_R, starts, [self._source.weights(place) for place in places])
+
     def _few_rows(
-        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]
+        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], weights: Sequence[ExpertWeights]
     ) -> torch.Tensor:
         from ..kernels.grouped_linear import grouped_gate_up_silu, grouped_linear
 
-        pool = self._layer.pool
-        groups = torch.tensor(starts, dtype=torch.int32), torch.tensor(places, dtype=torch.int32)
+        down_GDI, up_bias_GN, down_bias_GD = _of_each(weights)
+        starts_G = torch.tensor(starts, dtype=torch.int32)
         if self._layer.swiglu:
-            h_RI = grouped_gate_up_silu(x_TD, pool.up_SND, *groups, token_R)
+            h_RI = grouped_gate_up_silu(x_TD, [w.up_PND for w in weights], starts_G, None, token_R)
         else:
-            h_RN = grouped_linear(x_TD, pool.up_SND, *groups, pool.up_bias_SN, token_R)
+            up_PGND = _blocks(weights)
+            parts = [grouped_linear(x_TD, up_GND, starts_G, None, up_bias_GN, token_R) for up_GND in up_PGND]
+            h_RN = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             # Expert by expert: torch computes the last elements of a tensor in another way than the first, and what
             # is last must not depend on who came together.
             h_RI = torch.cat([self._layer.gate(h_RN[low:high]) for low, high in itertools.pairwise(starts)])
-        return grouped_linear(h_RI, pool.down_SDI, *groups, pool.down_bias_SD)
+        return grouped_linear(h_RI, down_GDI, starts_G, None, down_bias_GD)
 
     def _many_rows(
-        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]
+        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], weights: Sequence[ExpertWeights]
     ) -> torch.Tensor:
-        pool = self._layer.pool
-
-        def of(tensor: torch.Tensor | None) -> list[torch.Tensor] | None:
-            return None if tensor is None else [tensor[place] for place in places]
-
-        up_GND, down_GDI = of(pool.up_SND), of(pool.down_SDI)
-        assert up_GND is not None and down_GDI is not None
+        down_GDI, *biases = _of_each(weights)
         counts_G = torch.tensor([high - low for low, high in itertools.pairwise(starts)])
-        biases = of(pool.up_bias_SN), of(pool.down_bias_SD)
-        return expert_loop(x_TD, token_R, counts_G, up_GND, down_GDI, self._layer.gate, *biases)
+        up_GPND = [w.up_PND for w in weights]
+        return expert_loop(x_TD, token_R, counts_G, up_GPND, down_GDI, self._layer.gate, *biases)
+
+
+_Tensors = list[torch.Tensor]
+
+
+def _blocks(weights: Sequence[ExpertWeights]) -> list[_Tensors]:
+    """Of several experts the first products' weights, in as many blocks of rows as that of them which has most."""
+    if all(len(w.up_PND) == 1 for w in weights):
+        return [[w.up_PND[0] for w in weights]]
+    halves = [w.up_PND if len(w.up_PND) == 2 else w.up_PND[0].chunk(2) for w in weights]
+    return [[half[0] for half in halves], [half[1] for half in halves]]
+
+
+def _of_each(weights: Sequence[ExpertWeights]) -> tuple[_Tensors, _Tensors | None, _Tensors | None]:
+    """Of several experts the second products' weights, and the biases if there are any."""
+    up_bias_GN = [w.up_bias_N for w in weights if w.up_bias_N is not None]
+    down_bias_GD = [w.down_bias_D for w in weights if w.down_bias_D is not None]
+    return [w.down_DI for w in weights], up_bias_GN or None, down_bias_GD or None

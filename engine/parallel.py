@@ -36,6 +36,7 @@ from .memory import free_memory
 from .messages import Placed
 from .mover import Mover
 from .parallel_layer import ParallelLayer, StepContext
+from .predict.shared_forecast import SharedForecast
 from .progress import Progress
 from .row_format import RowFormat
 from .step_reads import StepReads
@@ -107,7 +108,10 @@ class Parallel:
         self._seat = seat
         self._layers = list(layers)
         self._mover = Mover([layer.own for layer in layers], tables, parse_size(config.move_bytes, "move_bytes"))
-        self._offloaded = layers[0].offloaded is not None
+        offloaded = layers[0].offloaded
+        self._offloaded = offloaded is not None
+        forecast = offloaded.forecast if offloaded is not None else None
+        self._forecast = forecast if isinstance(forecast, SharedForecast) else None
         self._wake = 0
         self._version = self._aimed = 0
         self._goals: dict[int, list[ExpertTable]] = {}
@@ -164,8 +168,13 @@ class Parallel:
         self.progress.layer = -1
         step = self.progress.step
         busy = has_work or self._mover.pending
-        mine = (step, tokens, busy, self._wake, self._version, self._last_digest)
+        mine = [step, tokens, busy, self._wake, self._version, self._last_digest]
+        forecast = self._forecast if self.group.size > 1 else None
+        if forecast is not None:
+            mine += forecast.say(-1).view(np.int64).tolist()
         rows = self.group.all_gather_ints(mine)
+        if forecast is not None:
+            forecast.hear(-1, np.array([row[6:] for row in rows], dtype=np.int64).view(np.uint8))
         self._check([row[0] for row in rows], "step")
         self._check([row[5] for row in rows], "plan")
         version = min(row[4] for row in rows)
@@ -214,7 +223,10 @@ class Parallel:
     def settle_reads(self) -> None:
         """After the layers of a step, on every rank: raises ReadFailed when experts could not be read on any."""
         if self._context.reads is not None and self.group.size > 1:
-            self._context.reads.settle()
+            if self._forecast is None:
+                self._context.reads.settle()
+            else:
+                self._context.reads.settle(self._forecast.tally(), self._forecast.settle)
 
     def _check(self, values: Sequence[int], what: str) -> None:
         if len(set(values)) > 1:
@@ -307,6 +319,8 @@ class Parallel:
             layer.parallel = ParallelLayer(self._context, table, index, layer)
         else:
             layer.parallel.use(table)
+        if self._forecast is not None and layer.parallel is not None:
+            self._forecast.place(index, layer.parallel.dispatchers["all_to_all"].rank_PE == self.group.position)
 
     def _digest_tables(self) -> None:
         text = repr([table.digest() for table in self._mover.tables])
@@ -350,6 +364,8 @@ class Parallel:
         self._context = StepContext(group, self._idle_plan())
         self._context.reads = StepReads(group) if self._offloaded else None
         self._context.balancer = self._make_balancer()
+        if self._forecast is not None:
+            self._forecast.join(group.position, group.size)
         for index in range(len(self._layers)):
             self._use(index)
         if self._context.balancer is not None:

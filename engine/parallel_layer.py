@@ -88,7 +88,9 @@ class ParallelLayer:
         self._row_bytes = (form.nbytes, form.hidden_bytes)
         if self._balance is not None:
             self._balance.tokens_P = context.plan.tokens_P if self.moves_shared else ()
-        chunks = self.dispatchers[context.plan.dispatcher].cut(x_TD, ids_TK, weights_TK, context.plan)
+        with progress.span("plan"):
+            note = layer.offloaded.note() if layer.offloaded is not None else None
+        chunks = self.dispatchers[context.plan.dispatcher].cut(x_TD, ids_TK, weights_TK, context.plan, note)
         self.degrees[len(chunks)] = self.degrees.get(len(chunks), 0) + 1
         if context.reads is not None:
             context.reads.begin_layer()

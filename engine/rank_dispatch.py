@@ -15,7 +15,7 @@ import torch
 from ..scheduler.assignment import nearest_homes
 from ..scheduler.step_plan import StepPlan
 from ..scheduler.table import ExpertTable
-from .dispatch import DispatchState, LocalDispatcher
+from .dispatch import DispatchState, LocalDispatcher, Note
 from .group import RankGroup
 from .lookup import Lookups
 
@@ -50,8 +50,15 @@ class RankDispatcher(LocalDispatcher):
         self.lookups.use(table)
         self.rank_PE, _ = nearest_homes(table)
 
-    def cut(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, plan: StepPlan) -> list[Any]:
-        """The chunks of this rank's tokens; the same number on every rank."""
+    def cut(
+        self,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        plan: StepPlan,
+        note: Note | None = None,
+    ) -> list[Any]:
+        """The chunks of this rank's tokens; the same number on every rank. A note is on all ranks or on none."""
         raise NotImplementedError
 
     def dispatch(

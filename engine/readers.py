@@ -34,7 +34,7 @@ class Priority(IntEnum):
 class Source(Protocol):
     """What readers read from: `ExpertFiles`, or a fake."""
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]: ...
+    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]: ...
 
     def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None: ...
 
@@ -46,14 +46,26 @@ class ReadersFull(RuntimeError):
 class Read(Future[Mapping[str, torch.Tensor]]):
     """One expert being read into the tensors `into`, which are its result too. `cancel()` succeeds until it starts."""
 
-    def __init__(self, layer: int, expert: int, into: Mapping[str, torch.Tensor], priority: Priority, number: int):
+    def __init__(
+        self,
+        layer: int,
+        expert: int,
+        into: Mapping[str, torch.Tensor],
+        priority: Priority,
+        number: int,
+        own: AlignedBuffer | None = None,
+    ):
         super().__init__()
         self.layer, self.expert, self.into, self.priority = layer, expert, into, priority
         self._number = number
         self._waits = True
         self._unwanted = False
+        self._begun = False
+        self.bytes_read = 0
+        """While it goes on."""
+        self._own = own
         self._buffer: AlignedBuffer | None = None  # from its first piece to its last
-        self._steps: Iterator[None] | None = None
+        self._steps: Iterator[int] | None = None
 
 
 class Readers:
@@ -62,15 +74,15 @@ class Readers:
     The disk is demand's while there is any: other reads go on when it has ended, and at most `behind` of them at a
     time, so that few are in the way of the next.
 
-    Every read goes through one of `buffers`, and all memory is theirs. When a more urgent read waits and a buffer is
-    free for it, one that has started is set aside between two pieces and goes on later: buffers beyond one for
-    each thread are for that.
+    Every read goes through one of `buffers`, and all memory is theirs; or each comes with a buffer of its own, and
+    there are no others. When a more urgent read waits and a buffer is free for it, one that has started is set aside
+    between two pieces and goes on later: buffers beyond one for each thread are for that.
     """
 
     def __init__(
         self, source: Source, buffers: Sequence[AlignedBuffer], *, threads: int, depth: int = 256, behind: int = 1
     ):
-        if not 1 <= threads <= len(buffers):
+        if threads < 1 or (buffers and threads > len(buffers)):
             raise ValueError(f"threads is {threads}; expected at least 1, and a buffer for each (here {len(buffers)})")
         self._source = source
         self._free = list(buffers)
@@ -90,9 +102,15 @@ class Readers:
             thread.start()
 
     def submit(
-        self, layer: int, expert: int, into: Mapping[str, torch.Tensor], priority: Priority = Priority.DEMAND
+        self,
+        layer: int,
+        expert: int,
+        into: Mapping[str, torch.Tensor],
+        priority: Priority = Priority.DEMAND,
+        buffer: AlignedBuffer | None = None,
     ) -> Read:
         """Reads an expert into tensors as `ExpertFiles.copy` takes them. Nothing is written there if the read fails.
+        With `buffer` it is read into that alone, of which `into` are views; where there are no others.
 
         Raises ReadersFull for what is not demand, and RuntimeError after `close`. The read itself raises what the
         source does, `ExpertUnreadable`.
@@ -102,7 +120,7 @@ class Readers:
                 raise RuntimeError("readers: closed")
             if priority != Priority.DEMAND and self._num_waiting() >= self._depth:
                 raise ReadersFull(f"readers: {self._depth} reads are waiting")
-            read = Read(layer, expert, into, priority, next(self._order))
+            read = Read(layer, expert, into, priority, next(self._order), buffer)
             self._unfinished.add(read)
             self._push(read)
         return read
@@ -124,11 +142,13 @@ class Readers:
             if read.cancel() or read not in self._unfinished or not read._waits:
                 return
             self._unfinished.remove(read)  # set aside after it had started; its place in the queue is passed over
-            assert read._buffer is not None
-            self._free.append(read._buffer)
-            read._buffer = None
+            self._give_back(read)
             self._changed.notify()
         read.set_exception(CancelledError("readers: abandoned"))
+
+    def running(self, read: Read) -> bool:
+        """Whether a thread is at it now."""
+        return read in self._running
 
     @property
     def waiting(self) -> int:
@@ -195,7 +215,7 @@ class Readers:
                 if not self._waiting or not self._may_go_on(self._waiting[0][2]):
                     self._changed.wait()
                     continue
-                if self._waiting[0][2]._buffer is None and not self._free:
+                if not self._can_begin(self._waiting[0][2]):
                     # There are more buffers than other threads: some are with reads that were set aside.
                     first = min(at for at in self._waiting if at[2]._buffer is not None and at[2]._waits)
                     self._waiting.remove(first)
@@ -203,15 +223,26 @@ class Readers:
                     read = first[2]
                 else:
                     read = heapq.heappop(self._waiting)[2]
-                if read._buffer is None:
+                if not read._begun:
                     if not read.set_running_or_notify_cancel():  # cancelled just now
                         self._unfinished.remove(read)
                         continue
-                    read._buffer = self._free.pop()
+                    read._begun = True
+                    read._buffer = read._own or self._free.pop()
                 read._waits = False
                 self._running.add(read)
                 return read
             return None
+
+    def _can_begin(self, read: Read) -> bool:
+        """Whether it has a buffer, or there is one."""
+        return read._buffer is not None or read._own is not None or bool(self._free)
+
+    def _give_back(self, read: Read) -> None:
+        assert read._buffer is not None
+        if read._own is None:
+            self._free.append(read._buffer)
+        read._buffer = None
 
     def _may_go_on(self, read: Read) -> bool:
         """Whether the disk is this read's now."""
@@ -227,17 +258,18 @@ class Readers:
         try:
             if read._steps is None:
                 read._steps = self._source.steps(read.layer, read.expert, read._buffer)
-            for _ in read._steps:
+            for nbytes in read._steps:
+                read.bytes_read += nbytes
                 if self._set_aside(read):
                     return
-            self._source.copy(read.layer, read.expert, read._buffer, read.into)
+            if read._own is None:
+                self._source.copy(read.layer, read.expert, read._buffer, read.into)
         except BaseException as error:  # for the one who waits for the read, whatever it is
             failure = error
         with self._changed:
             self._running.remove(read)
             self._unfinished.remove(read)
-            self._free.append(read._buffer)
-            read._buffer = None
+            self._give_back(read)
             self._changed.notify_all()  # others may go on
         if failure is None:
             read.set_result(read.into)
@@ -253,7 +285,7 @@ class Readers:
             if self._may_go_on(read):
                 if not self._waiting or self._waiting[0][0] >= read.priority:
                     return False
-                if self._waiting[0][2]._buffer is None and not self._free:
+                if not self._can_begin(self._waiting[0][2]):
                     return False
             self._running.remove(read)
             self._push(read)

@@ -7,7 +7,7 @@ on every rank, and one that left would be waited for. What the step gave is then
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -47,11 +47,17 @@ class StepReads:
                 self._error = str(error)
         return torch.zeros_like(x_RD)
 
-    def settle(self) -> None:
-        """The end of the step, on every rank: raises ReadFailed on all of them when a read failed on any."""
+    def settle(
+        self, tally: Sequence[int] = (), told: Callable[[Sequence[Sequence[int]]], None] = lambda tallies: None
+    ) -> None:
+        """The end of the step, on every rank: `told` gets the tallies of all, as many numbers from each. Raises
+        ReadFailed on all of them when a read failed on any.
+        """
         group = self._group
         error, self._error = self._error, None
-        if not any(row[0] for row in group.all_gather_ints([int(error is not None)])):
+        rows = group.all_gather_ints([int(error is not None), *tally])
+        told([row[1:] for row in rows])
+        if not any(row[0] for row in rows):
             return
         key = f"unread in step {group.progress.step}"
         group.put(key, error)

@@ -3,11 +3,13 @@
 All layers share one set of places. A residency policy (`scheduler.residency`) decides which experts keep theirs. Every
 read goes to a free place; an admitted expert stays where it was read, and the place of the one that it drives out
 becomes free, so nothing is copied in memory. What is left free is for experts that pass through, and for those that are
-read ahead of the router's choice: these are the first to go when a place is needed.
+read ahead of the router's choice: these are the first to go when a place is needed. Slots that are empty after the
+start are filled while the disk has nothing else to do.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +22,8 @@ from ..scheduler.residency.slots import Context, Place, Policy
 from .readers import Priority
 from .store_size import StoreSize
 
+EARLY = 8
+"""Experts that are read at a time into empty slots: enough that the disk need not wait for the next call of `tend`."""
 READ_TIMEOUT_S = 60.0
 """How long a layer may wait for one expert."""
 
@@ -50,6 +54,14 @@ class Source(Protocol):
         """Bytes that are read for an expert."""
         ...
 
+    def bytes_read(self, read: Future[Any]) -> int:
+        """How many of them there are already, of a read that has not ended."""
+        ...
+
+    def in_the_way(self, read: Future[Any]) -> int:
+        """For how many bytes of a read that has not ended a more urgent one waits, on average; 0: it may begin."""
+        ...
+
     def close(self, timeout_s: float) -> None:
         """Raises TimeoutError for reads that did not end."""
         ...
@@ -63,8 +75,22 @@ class Want:
     expert: int
     chance: float
     priority: Priority = Priority.NEXT_LAYER
-    by: str = ""
-    """Who says so."""
+    by: Any = None
+    """Who says so, for `ExpertStore.heard`."""
+    ahead: int = 1
+    """How many layers before it that was said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a read ahead, or a part of that, in bytes: `nbytes` were read, and used or not. Of those used,
+    `hidden` had been read when the router asked; and a layer that needed others had to wait for `delay`.
+    """
+
+    nbytes: int = 0
+    used: bool = False
+    hidden: int = 0
+    delay: int = 0
 
 
 @dataclass(kw_only=True)
@@ -73,7 +99,8 @@ class StoreFigures:
 
     `read_bytes` were read from the checkpoint, `admitted_bytes` are of the experts that were given a slot thereby. Of
     the misses, `ahead` had been asked for before the router chose, and `ahead_ready` of these were there by then.
-    `ahead_bytes` were read ahead, `ahead_used_bytes` of them for experts that were then used.
+    `ahead_bytes` were read ahead, `ahead_used_bytes` of them for experts that were then used. `preloaded` were given a
+    slot that was empty before a router asked for them.
     """
 
     hits: int = 0
@@ -85,6 +112,9 @@ class StoreFigures:
     ahead_ready: int = 0
     ahead_bytes: int = 0
     ahead_used_bytes: int = 0
+    preloaded: int = 0
+    idle_layers: int = 0
+    """Layers at whose beginning nothing was being read though there was room for more that is read ahead."""
     waited_ns: int = 0
     """Time in which layers waited for experts and computed nothing."""
 
@@ -97,6 +127,16 @@ class _Held:
     place: int
     read: Future[Any] | None
     want: Want | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Asked:
+    """What a router has asked for last: `known` were here or on their way, `waiting` have no place yet."""
+
+    layer: int
+    need: list[int]
+    known: list[int]
+    waiting: deque[Place]
 
 
 class Visit:
@@ -130,8 +170,8 @@ class ExpertStore:
         """How long a layer may wait for one expert."""
         self.most_used = 0
         """Most bytes that were in use at once: places with an expert in them or on the way, and reads' buffers."""
-        self.heard: Callable[[str, int, bool], None] = lambda by, nbytes, used: None
-        """Is told who had bytes read ahead, and whether they were used."""
+        self.heard: Callable[[Want, Outcome], None] = lambda want, outcome: None
+        """Is told on whose word bytes were read ahead, and what became of them."""
         self._policy = policy
         self._source = source
         self._stays: set[Place] = set()
@@ -139,8 +179,15 @@ class ExpertStore:
         self._resident: set[Place] = set()
         self._held: dict[Place, _Held] = {}
         self._ahead: list[_Held] = []
+        self._early: list[_Held] = []
+        """On their way to slots that are empty, those given first before the others."""
+        self._order: deque[Place] = deque()
+        """Who comes after them."""
+        self._wanted: deque[Want] = deque()
+        """What there was no room to read ahead when it was asked for."""
         self._in_use: list[_Held] = []
         """Of the layer that runs."""
+        self._asked: _Asked | None = None
         self._leaving: list[_Held] = []
         """Nobody wants them any more, but their reads may still write to their places."""
         self._free = list(reversed(range(size.places)))
@@ -151,8 +198,8 @@ class ExpertStore:
         return frozenset(self._resident)
 
     def here(self, layer: int) -> Any:
-        """[E] whom the policy gives a slot."""
-        return self._policy.resident_LE[layer]
+        """[E] whom the policy gives a slot: a view, for reading."""
+        return self._policy.residents_of(layer)
 
     def begin_step(self) -> None:
         """A step of the engine: to the policy, all layers until the next one are of the same time."""
@@ -164,22 +211,51 @@ class ExpertStore:
         for held in list(self._held.values()):
             self._drop(held)
         self._in_use.clear()
+        self._order.clear()
         while self._leaving:
             self._wait_for_a_place()
         self._policy, self.figures, self.step = policy, StoreFigures(), -1
         self._free.sort(reverse=True)
         self._stays.clear()
 
+    def ask(self, layer: int, experts: Iterable[int]) -> None:
+        """The router of a layer has chosen these experts: reads begin, for as many as there is room for now. `visit`
+        follows, with the same; what is worked out in between costs no time while the disk is at work.
+        """
+        self._break_off()
+        self._wanted.clear()
+        need = sorted(set(experts))
+        self.figures.idle_layers += len(self._ahead) < self.size.ahead and not any(map(_under_way, self._ahead))
+        delays = [
+            (held.want, self._source.in_the_way(held.read))
+            for held in self._ahead
+            if held.read is not None and not held.read.done()
+        ]
+        for held in [h for h in (*self._ahead, *self._early) if h.at[0] == layer]:
+            if not _fine(held) or (held.at[1] not in need and held in self._ahead):
+                self._drop(held)
+            elif held.at[1] in need:
+                self._claim(held)
+        known = [expert for expert in need if (layer, expert) in self._held]
+        self._in_use += [self._held[layer, expert] for expert in known]
+        waiting = deque((layer, expert) for expert in need if expert not in known)
+        if waiting or any(map(_under_way, self._in_use)):
+            for want, delay in delays:
+                if delay and want is not None and not (want.layer == layer and want.expert in need):
+                    self.heard(want, Outcome(delay=delay))
+        self._asked = _Asked(layer=layer, need=need, known=known, waiting=waiting)
+        self._start(waiting)
+
     def visit(self, layer: int, experts: Iterable[int], scores_LE: Any = None) -> Visit:
         """One event: a layer needs these experts. Those that are here run first, then the others as they come.
 
         `scores_LE` are for a policy that goes by predicted use. The groups raise what the source does, and ExpertLate.
         """
-        self._break_off()
         need = sorted(set(experts))
-        for held in [h for h in self._ahead if h.at[0] == layer]:
-            if held.at[1] not in need or not _fine(held):
-                self._drop(held)
+        if self._asked is None or (self._asked.layer, self._asked.need) != (layer, need):
+            self.ask(layer, need)
+        assert self._asked is not None
+        known, waiting, self._asked = self._asked.known, self._asked.waiting, None
         decision = self._policy.step(layer, need, Context(step=self.step, scores_LE=scores_LE))
         self._stays.difference_update(decision.evicted)
         for at in decision.evicted:
@@ -187,43 +263,79 @@ class ExpertStore:
                 self._drop(self._held[at])
         assert all(at[0] == layer for at in decision.admitted), "only who is in memory now can stay"
         self._stays.update(decision.admitted)
-        known = [self._held[layer, expert] for expert in need if (layer, expert) in self._held]
-        for held in known:
-            if held.want is not None:
-                self._claim(held)
-        self._in_use += known
-        here = [held.at[1] for held in known if held.read is None]
+        for at in decision.admitted:
+            if (held := self._held.get(at)) is not None and held.read is None:
+                self._settle(at)
+        while self._early and len(self._stays) + len(self._early) > self.size.slots:
+            self._drop(self._early[-1])
+        self._start(waiting)
+        here = [e for e in need if (held := self._held.get((layer, e))) is not None and held.read is None]
         gone = [expert for expert in need if expert not in here]
-        # What is on its way comes first, then those that stay.
-        gone.sort(key=lambda e: ((layer, e) not in self._held, (layer, e) not in self._stays, e))
+        gone.sort(key=lambda e: (e not in known, e))  # as they are read
         self.figures.hits += len(decision.hits)
         self.figures.misses += len(decision.misses)
-        waiting = deque((layer, expert) for expert in gone if (layer, expert) not in self._held)
-        self._start(waiting)
         return Visit((*here, *gone), self._groups(layer, here, gone, waiting))
 
     def fetch_ahead(self, wants: Iterable[Want]) -> None:
         """Reads experts before a router asks for them, those given first before the others, as many as there is room
-        for; what has a smaller chance makes room. They wait for all that a router has asked for.
+        for; what has a smaller chance makes room. They wait for all that a router has asked for. What there is no
+        room for now is read when the layer that runs gives up places, up to the next visit.
         """
+        self._wanted.clear()
         for want in wants:
             at = want.layer, want.expert
             if (held := self._held.get(at)) is not None:
-                if held.want is not None:
-                    held.want = want
+                if held in self._early:
+                    assert held.read is not None
+                    self._source.promote(held.read, want.priority)
+                elif held.want is not None:
+                    held.want = dataclasses.replace(want, ahead=max(want.ahead, held.want.ahead))
                     if held.read is not None:
                         self._source.promote(held.read, want.priority)
                 continue
             if len(self._ahead) >= self.size.ahead:
                 least = min(self._ahead, key=_chance, default=None)
                 if least is None or _chance(least) >= want.chance:
+                    self._wanted.append(want)
                     continue
                 self._drop(least)
             if len(self._free) < 2:  # one is for those that a layer waits for
                 self._reclaim()
             if len(self._free) > 1:
                 self._ahead.append(self._read(at, want))
+            else:
+                self._wanted.append(want)
         self._account()
+
+    def preload(self, order: Iterable[Place]) -> None:
+        """Reads these into slots that are empty while nobody waits for the disk; `tend` does it."""
+        self._order = deque(order)
+
+    def tend(self) -> bool:
+        """Goes on with preloading: between steps, and now and then while there are none. Whether there is more."""
+        for held in [held for held in self._early if held.read is not None and held.read.done()]:
+            if not _fine(held):
+                self._order.clear()  # those who need it will say why
+                self._drop(held)
+            elif not self._policy.place(*held.at):
+                self._drop(held)
+            else:
+                self._early.remove(held)
+                held.want = None
+                self._stays.add(held.at)
+                self.figures.preloaded += 1
+                self._arrived(held)
+        while self._order and len(self._early) < EARLY:
+            if len(self._stays) + len(self._early) >= self.size.slots or len(self._free) < 2:
+                break
+            if self._order[0] not in self._held:
+                want = Want(layer=self._order[0][0], expert=self._order[0][1], chance=0.0, priority=Priority.BACKGROUND)
+                self._early.append(self._read(self._order[0], want))
+            self._order.popleft()
+        if len(self._stays) >= self.size.slots:
+            self._order.clear()
+        self._account()
+        return bool(self._order or self._early)
 
     def close(self) -> bool:
         """Ends reading; what has not started is not read. False if a read did not end in time."""
@@ -258,11 +370,17 @@ class ExpertStore:
         while waiting:
             if not self._free:
                 self._reclaim()
+            if not self._free and self._early:
+                self._drop(self._early[-1])
             if not self._free and self._ahead:
                 self._drop(min(self._ahead, key=lambda held: (_runs(held), _chance(held))))
             if not self._free:
                 break
             self._in_use.append(self._read(waiting.popleft()))
+        while not waiting and self._wanted and len(self._ahead) < self.size.ahead and len(self._free) > 1:
+            want = self._wanted.popleft()
+            if (want.layer, want.expert) not in self._held:
+                self._ahead.append(self._read((want.layer, want.expert), want))
         self._account()
 
     def _read(self, at: Place, want: Want | None = None) -> _Held:
@@ -274,15 +392,19 @@ class ExpertStore:
     def _claim(self, held: _Held) -> None:
         """A router asks for what was read ahead."""
         assert held.want is not None and held.read is not None
-        nbytes = self._source.nbytes(*held.at)
-        self.figures.ahead += 1
-        self.figures.ahead_bytes += nbytes
-        self.figures.ahead_used_bytes += nbytes
-        self.heard(held.want.by, nbytes, True)
+        if held in self._early:
+            self._early.remove(held)
+        else:
+            nbytes = self._source.nbytes(*held.at)
+            hidden = nbytes if held.read.done() else self._source.bytes_read(held.read)
+            self.figures.ahead += 1
+            self.figures.ahead_ready += held.read.done()
+            self.figures.ahead_bytes += nbytes
+            self.figures.ahead_used_bytes += nbytes
+            self.heard(held.want, Outcome(nbytes=nbytes, used=True, hidden=hidden))
+            self._ahead.remove(held)
         held.want = None
-        self._ahead.remove(held)
         if held.read.done():
-            self.figures.ahead_ready += 1
             self._arrived(held)
         else:
             self._source.promote(held.read, Priority.DEMAND)
@@ -305,9 +427,13 @@ class ExpertStore:
         held.read = None
         self.figures.read_bytes += self._source.nbytes(*held.at)
         if held.at in self._stays:
-            self._resident.add(held.at)
-            self.figures.admitted_bytes += self.size.expert
+            self._settle(held.at)
         self._account()
+
+    def _settle(self, at: Place) -> None:
+        """It is there, and stays."""
+        self._resident.add(at)
+        self.figures.admitted_bytes += self.size.expert
 
     def _release(self, group: Sequence[_Held]) -> None:
         """A layer has computed them."""
@@ -322,14 +448,19 @@ class ExpertStore:
         self._resident.discard(held.at)
         if held.read is not None and not held.read.done():
             self._source.abandon(held.read)
-        if held.want is not None:
+        if held in self._early:
+            self._early.remove(held)
+            assert held.read is not None
+            if not held.read.cancelled():
+                self.figures.read_bytes += self._source.nbytes(*held.at)
+        elif held.want is not None:
             self._ahead.remove(held)
             assert held.read is not None
             if not held.read.cancelled():
                 nbytes = self._source.nbytes(*held.at)
                 self.figures.read_bytes += nbytes
                 self.figures.ahead_bytes += nbytes
-                self.heard(held.want.by, nbytes, False)
+                self.heard(held.want, Outcome(nbytes=nbytes))
         if held.read is None or held.read.done():
             self._free.append(held.place)
         else:
@@ -360,6 +491,7 @@ class ExpertStore:
 
     def _break_off(self) -> None:
         """After a visit that did not come to its end: only what stays and is there remains."""
+        self._asked = None
         for held in self._in_use:
             if held.read is not None or held.at not in self._stays:
                 self._drop(held)
@@ -370,12 +502,16 @@ class ExpertStore:
         self.figures.resident_bytes = len(self._resident) * size.expert
         used = len(self._held) + len(self._leaving)
         assert used + len(self._free) == size.places and len(self._stays) <= size.slots
-        self.most_used = max(self.most_used, used * size.expert + size.reading)
+        self.most_used = max(self.most_used, used * size.place + size.reading)
 
 
 def _fine(held: _Held) -> bool:
     """Whether a read has not failed so far; one that was ahead and has failed is done again by those that need it."""
     return held.read is None or not held.read.done() or (not held.read.cancelled() and held.read.exception() is None)
+
+
+def _under_way(held: _Held) -> bool:
+    return held.read is not None and not held.read.done()
 
 
 def _runs(held: _Held) -> bool:

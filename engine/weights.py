@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -251,6 +251,36 @@ class ExpertReader:
             if rooms is not None:
                 return list(zip(rooms, parts, strict=True))
         return [(into, self.assemble(parameter, stored))]
+
+    def as_stored(self, expert: int) -> dict[str, list[Entry]] | None:
+        """Where each parameter of an expert stands in files just as it is kept in memory, but that blocks of a matrix's
+        rows, such as those of gate and up, need not follow each other; None if one does not.
+        """
+        found = {name: self._as_stored(name, self._parts(recipe, expert)) for name, recipe in self._recipes.items()}
+        kept = {name: entries for name, entries in found.items() if entries is not None}
+        return kept if len(kept) == len(found) and not self.spec.is_transposed else None
+
+    def _as_stored(self, parameter: str, stored: Mapping[str, Entry]) -> list[Entry] | None:
+        converter = self._recipes[parameter].converter
+        joins = [] if converter is None else [o for o in converter.operations if not isinstance(o, MergeModulelist)]
+        if joins and not (len(joins) == 1 and isinstance(joins[0], Concatenate) and joins[0].dim == 1):
+            return None
+        parts = [stored[p] for p in converter.source_patterns] if converter is not None else list(stored.values())
+        shape, dtype = self.shape(parameter), self.dtype(parameter)
+        rows = [part.nbytes // dtype.itemsize // _size(shape[1:]) for part in parts]
+        blocks = [replace(part, shape=(n, *shape[1:])) for part, n in zip(parts, rows, strict=True)]
+        if sum(rows) != shape[0] or any(part.torch_dtype != dtype or part.shape[-1] != shape[-1] for part in parts):
+            return None
+        joined = blocks[:1]
+        for block in blocks[1:]:
+            last = joined[-1]
+            if (block.file, block.begin) == (last.file, last.begin + last.nbytes):
+                joined[-1] = replace(
+                    last, shape=(last.shape[0] + block.shape[0], *shape[1:]), nbytes=last.nbytes + block.nbytes
+                )
+            else:
+                joined.append(block)
+        return joined if len(shape) > 1 or len(joined) == 1 else None
 
     def _parts(self, recipe: Recipe, expert: int) -> dict[str, Entry]:
         entries = self.checkpoint.entries

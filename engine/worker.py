@@ -56,6 +56,9 @@ STATS_INTERVAL_S = 0.25
 EXPERT_STATS_INTERVAL_S = 2.0
 """Expert counts are larger, and may cost a copy from the device."""
 
+TEND_MS = 5
+"""How soon an engine is called again that has something to do in the background."""
+
 log = logging.getLogger("moeyard.worker")
 
 
@@ -150,6 +153,7 @@ class Worker:
         while True:
             while (message := self._connection.receive(0)) is not None:
                 if isinstance(message, Shutdown):
+                    getattr(engine, "remember", _nothing)()
                     return 0
                 self._handle(engine, message)
             self._connection.check()
@@ -164,7 +168,8 @@ class Worker:
                 self._report(engine, idle=not engine.has_work)
             else:
                 self._report(engine, idle=True)
-                self._connection.idle()
+                more = getattr(engine, "tend", _nothing)()
+                self._connection.idle(TEND_MS if more else None)
 
     def _start(self) -> EngineLike | None:
         """The engine as the front end configures it; None when that says `Shutdown` meanwhile."""
@@ -305,6 +310,11 @@ def main(argv: Sequence[str] | None = None, factory: EngineFactory | None = None
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     rank = Rank(number=args.rank, local=args.local_rank, locals=args.local_ranks)
     return run(args.connect, factory or _make_engine, args.parent, rank)
+
+
+def _nothing() -> bool:
+    """What an engine without a background does there."""
+    return False
 
 
 def _make_engine(config: EngineConfig, seat: Any = None) -> EngineLike:

@@ -14,13 +14,15 @@ _ROWS_STEP = 16
 """oneDNN makes and keeps a primitive for each distinct number of rows (about a megabyte and a millisecond each), so
 that rows are padded to a multiple of this; MKL, which takes float32, does not.
 """
+_LEAST_ROWS = 2
+"""MKL multiplies a single row in an order that depends on where the weight is in memory."""
 
 
 def expert_loop(
     x_TD: torch.Tensor,
     token_R: torch.Tensor,
     counts_S: torch.Tensor,
-    up_SND: torch.Tensor | Sequence[torch.Tensor],
+    up_SND: torch.Tensor | Sequence[torch.Tensor | Sequence[torch.Tensor]],
     down_SDI: torch.Tensor | Sequence[torch.Tensor],
     gate: Callable[[torch.Tensor], torch.Tensor],
     up_bias_SN: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -28,22 +30,23 @@ def expert_loop(
 ) -> torch.Tensor:
     """Rows y_RD = down(gate(up(x[token]))), where `counts_S[s]` consecutive rows belong to slot s.
 
-    `gate` maps [rows, N] to [rows, I]. Weights are one tensor over slots, or one for each slot, whose I may differ.
+    `gate` maps [rows, N] to [rows, I]. Weights are one tensor over slots, or one for each slot, whose I may differ. The
+    first of a slot may also be blocks of rows, without biases.
     Only one expert's rows are in memory between the two products.
     """
     step = 1 if x_TD.dtype == torch.float32 else _ROWS_STEP
     # A padded expert writes past its rows; the next one, or nobody, overwrites that.
-    y_RD = x_TD.new_empty(token_R.shape[0] + step - 1, down_SDI[0].shape[0])
+    y_RD = x_TD.new_empty(token_R.shape[0] + max(step, _LEAST_ROWS) - 1, down_SDI[0].shape[0])
     start = 0
     for slot, count in enumerate(counts_S.tolist()):
         if not count:
             continue
-        padded = -(-count // step) * step
+        padded = max(-(-count // step) * step, _LEAST_ROWS)
         tokens = token_R[start : start + padded]
         if tokens.shape[0] < padded:
             tokens = F.pad(tokens, (0, padded - tokens.shape[0]))
         up_bias = up_bias_SN[slot] if up_bias_SN is not None else None
-        h = gate(F.linear(x_TD.index_select(0, tokens), up_SND[slot], up_bias))
+        h = gate(_up(x_TD.index_select(0, tokens), up_SND[slot], up_bias))
         out = y_RD[start : start + padded]
         if down_bias_SD is None:
             torch.mm(h, down_SDI[slot].t(), out=out)
@@ -51,3 +54,10 @@ def expert_loop(
             torch.addmm(down_bias_SD[slot], h, down_SDI[slot].t(), out=out)
         start += count
     return y_RD[: token_R.shape[0]]
+
+
+def _up(x_RD: torch.Tensor, up: torch.Tensor | Sequence[torch.Tensor], bias_N: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(up, torch.Tensor) or len(up) == 1:
+        return F.linear(x_RD, up if isinstance(up, torch.Tensor) else up[0], bias_N)
+    assert bias_N is None
+    return torch.cat([F.linear(x_RD, block_ND) for block_ND in up], 1)

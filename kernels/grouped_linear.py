@@ -4,6 +4,9 @@ Legend: T tokens, K inputs, k places of a token's top-k, N outputs, I expert wid
 weight, R rows sorted by expert, G groups (experts with rows), `starts` the row each group starts at.
 """
 
+from array import array
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numba import njit
@@ -14,6 +17,7 @@ from .scalars import (
     get_bfloat16,
     get_float32,
     get_int32,
+    get_int64,
     put_bfloat16,
     put_float32,
     put_int64,
@@ -62,14 +66,19 @@ def row_addresses(out, first, rows, x, x_stride, row_index):
 
 @Part
 def linear_part(part, parts, args):
-    """One worker's columns of y = x @ w.T + bias for every group; x_stride in bytes."""
+    """One worker's columns of y = x @ w.T + bias for every group; x_stride in bytes. With `experts` 0, w and bias hold
+    the address of each group's.
+    """
     dot, kind, x, x_stride, row_index, groups, starts, experts, w, bias, n, k, y = _linear_arguments(args)
     size = 4 if kind == FLOAT32 else 2
     low, high = share(n, part, parts)
     x_rows, scratch = _addresses(), _scratch()
     for g in range(groups):
-        expert = np.int64(get_int32(experts, g))
-        weight = w + expert * n * k * size
+        if experts:
+            expert = np.int64(get_int32(experts, g))
+            weight, its_bias = w + expert * n * k * size, bias + expert * n * size
+        else:
+            weight, its_bias = get_int64(w, g), get_int64(bias, g) if bias else np.int64(0)
         end = np.int64(get_int32(starts, g + 1))
         for first in range(np.int64(get_int32(starts, g)), end, ROWS):
             rows = min(ROWS, end - first)
@@ -81,32 +90,38 @@ def linear_part(part, parts, args):
                 for r in range(rows):
                     values = scratch + 4 * r * COLUMNS
                     if bias:
-                        _add_bias(kind, values, columns, bias + (expert * n + c) * size)
+                        _add_bias(kind, values, columns, its_bias + c * size)
                     store_row(kind, values, columns, y + ((first + r) * n + c) * size)
 
 
 @Part
 def gate_up_part(part, parts, args):
-    """One worker's columns of h = silu(x @ gate.T) * (x @ up.T); gate is the first n rows of w, up the next n."""
+    """One worker's columns of h = silu(x @ gate.T) * (x @ up.T); gate is the first n rows of w, up the next n. With
+    `experts` 0, w holds the addresses of each group's gate and up.
+    """
     dot, kind, x, x_stride, row_index, groups, starts, experts, w, _, n, k, h = _linear_arguments(args)
     size = 4 if kind == FLOAT32 else 2
     low, high = share(n, part, parts)
     x_rows, gate, up = _addresses(), _scratch(), _scratch()
     for g in range(groups):
-        weight = w + np.int64(get_int32(experts, g)) * 2 * n * k * size
+        if experts:
+            gates = w + np.int64(get_int32(experts, g)) * 2 * n * k * size
+            ups = gates + n * k * size
+        else:
+            gates, ups = get_int64(w, 2 * g), get_int64(w, 2 * g + 1)
         end = np.int64(get_int32(starts, g + 1))
         for first in range(np.int64(get_int32(starts, g)), end, ROWS):
             rows = min(ROWS, end - first)
             row_addresses(x_rows, first, rows, x, x_stride, row_index)
             for c in range(low, high, COLUMNS):
                 columns = min(COLUMNS, high - c)
-                w_gate, w_up = weight + c * k * size, weight + (n + c) * k * size
+                w_gate, w_up = gates + c * k * size, ups + c * k * size
                 call(dot, kind, x_rows, rows, w_gate, k * size, columns, k, gate, COLUMNS)
                 call(dot, kind, x_rows, rows, w_up, k * size, columns, k, up, COLUMNS)
                 for r in range(rows):
-                    values, ups = gate + 4 * r * COLUMNS, up + 4 * r * COLUMNS
+                    values, factors = gate + 4 * r * COLUMNS, up + 4 * r * COLUMNS
                     for i in range(columns):
-                        put_float32(values, i, silu(get_float32(values, i)) * get_float32(ups, i))
+                        put_float32(values, i, silu(get_float32(values, i)) * get_float32(factors, i))
                     store_row(kind, values, columns, h + ((first + r) * n + c) * size)
 
 
@@ -144,60 +159,103 @@ def _combine_part(part, parts, args):
         combine_columns(kind, kind, y_place, row, columns, position, weights, tokens, top_k, out_place, row)
 
 
-def _run(x, weight, n, part, bias, starts, experts, row_index):
-    """Shared by the two grouped layers: checks that both need, then the kernel."""
-    check_rows("x_TK", x, (x.shape[0], weight.shape[2]), x.dtype)
+def _check_stack(name, weight, experts, shape, dtype):
+    check_tensor(name, weight, (weight.shape[0], *shape), dtype)
     check_tensor("experts_G", experts, (len(experts),), torch.int32)
-    check_tensor("starts", starts, (len(experts) + 1,), torch.int32)
+
+
+def _table_of(tensors):
+    return array("q", [tensor.data_ptr() for tensor in tensors])
+
+
+def _run(x, n, k, nbytes, part, weight, bias, starts, groups, experts, row_index):
+    """Shared by the two grouped layers: checks that both need, then the kernel. `nbytes` of a group's weight."""
+    check_rows("x_TK", x, (x.shape[0], k), x.dtype)
+    check_tensor("starts", starts, (groups + 1,), torch.int32)
     rows = x.shape[0]
     if row_index is not None:
         rows = len(row_index)
         check_tensor("row_index_R", row_index, (rows,), torch.int32)
     y = x.new_empty(rows, n)
-    if rows and len(experts):
-        size = x.element_size()
+    if rows and groups:
         run(
-            workers_for(weight[0].numel() * size * len(experts)), part, dot_block.address, kind_of(x.dtype),
-            x.data_ptr(), x.stride(0) * size, address(row_index), len(experts), starts.data_ptr(), experts.data_ptr(),
-            weight.data_ptr(), address(bias), n, x.shape[1], y.data_ptr(),
+            workers_for(nbytes * groups), part, dot_block.address, kind_of(x.dtype),
+            x.data_ptr(), x.stride(0) * x.element_size(), address(row_index), groups, starts.data_ptr(),
+            address(experts), weight, bias, n, k, y.data_ptr(),
         )  # fmt: skip
     return y
 
 
 def grouped_linear(
     x_TK: torch.Tensor,
-    weight_ENK: torch.Tensor,
+    weight_ENK: torch.Tensor | Sequence[torch.Tensor],
     starts: torch.Tensor,
-    experts_G: torch.Tensor,
-    bias_EN: torch.Tensor | None = None,
+    experts_G: torch.Tensor | None,
+    bias_EN: torch.Tensor | Sequence[torch.Tensor] | None = None,
     row_index_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y_RN: rows starts[g]..starts[g+1] of x times the transpose of weight[experts[g]], plus its bias.
 
     float32 or bfloat16 on the CPU, accumulated in float32. starts [G+1] and experts_G are int32; experts may
-    be in any order and need not follow each other. With row_index_R (int32), row r of the result is computed
-    from x[row_index[r]], so a token's row is not copied per expert.
+    be in any order and need not follow each other. Without experts_G weights and biases are lists with a tensor for
+    each group, anywhere in memory. With row_index_R (int32), row r of the result is computed from x[row_index[r]], so a
+    token's row is not copied per expert.
     """
-    experts, n = weight_ENK.shape[:2]
-    check_tensor("weight_ENK", weight_ENK, (experts, n, x_TK.shape[-1]), x_TK.dtype)
-    if bias_EN is not None:
-        check_tensor("bias_EN", bias_EN, (experts, n), x_TK.dtype)
-    return _run(x_TK, weight_ENK, n, linear_part, bias_EN, starts, experts_G, row_index_R)
+    k, size = x_TK.shape[-1], x_TK.element_size()
+    if experts_G is not None:
+        assert isinstance(weight_ENK, torch.Tensor) and not isinstance(bias_EN, Sequence)
+        n, groups = weight_ENK.shape[1], len(experts_G)
+        _check_stack("weight_ENK", weight_ENK, experts_G, (n, k), x_TK.dtype)
+        if bias_EN is not None:
+            _check_stack("bias_EN", bias_EN, experts_G, (n,), x_TK.dtype)
+        weight, bias = weight_ENK.data_ptr(), address(bias_EN)
+        return _run(x_TK, n, k, n * k * size, linear_part, weight, bias, starts, groups, experts_G, row_index_R)
+    n = weight_ENK[0].shape[0]
+    for weight_NK in weight_ENK:
+        check_tensor("weight_ENK", weight_NK, (n, k), x_TK.dtype)
+    for bias_N in bias_EN or ():
+        check_tensor("bias_EN", bias_N, (n,), x_TK.dtype)
+    weights, biases = _table_of(weight_ENK), _table_of(bias_EN or ())
+    tables = weights.buffer_info()[0], biases.buffer_info()[0] if biases else 0
+    return _run(x_TK, n, k, n * k * size, linear_part, *tables, starts, len(weights), None, row_index_R)
 
 
 def grouped_gate_up_silu(
     x_TK: torch.Tensor,
-    weight_E2IK: torch.Tensor,
+    weight_E2IK: torch.Tensor | Sequence[Sequence[torch.Tensor]],
     starts: torch.Tensor,
-    experts_G: torch.Tensor,
+    experts_G: torch.Tensor | None,
     row_index_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """h_RI = silu(gate) * up, where gate and up are the two halves of grouped_linear's result (gate rows first)."""
-    experts, two_n = weight_E2IK.shape[:2]
-    check_tensor("weight_E2IK", weight_E2IK, (experts, two_n, x_TK.shape[-1]), x_TK.dtype)
-    if two_n % 2:
-        raise ValueError(f"weight_E2IK: gate and up rows must be as many, but there are {two_n} rows in all")
-    return _run(x_TK, weight_E2IK, two_n // 2, gate_up_part, None, starts, experts_G, row_index_R)
+    """h_RI = silu(gate) * up, where gate and up are the two halves of grouped_linear's result (gate rows first).
+
+    Without experts_G there is for each group its weight, or its gate and its up.
+    """
+    k, size = x_TK.shape[-1], x_TK.element_size()
+    if experts_G is not None:
+        assert isinstance(weight_E2IK, torch.Tensor)
+        two_n, groups = weight_E2IK.shape[1], len(experts_G)
+        _check_halves(two_n)
+        _check_stack("weight_E2IK", weight_E2IK, experts_G, (two_n, k), x_TK.dtype)
+        n, weight = two_n // 2, weight_E2IK.data_ptr()
+        return _run(x_TK, n, k, 2 * n * k * size, gate_up_part, weight, 0, starts, groups, experts_G, row_index_R)
+    two_n = sum(len(block) for block in weight_E2IK[0])
+    _check_halves(two_n)
+    n, table = two_n // 2, array("q")
+    for blocks in weight_E2IK:
+        for block_NK in blocks:
+            check_tensor("weight_E2IK", block_NK, (two_n // len(blocks), k), x_TK.dtype)
+        first = blocks[0].data_ptr()
+        table.extend((first, blocks[1].data_ptr() if len(blocks) > 1 else first + n * k * size))
+    weight = table.buffer_info()[0]
+    return _run(
+        x_TK, n, k, 2 * n * k * size, gate_up_part, weight, 0, starts, len(table) // 2, None, row_index_R
+    )  # fmt: skip
+
+
+def _check_halves(rows):
+    if rows % 2:
+        raise ValueError(f"weight_E2IK: gate and up rows must be as many, but there are {rows} rows in all")
 
 
 def combine(y_RN: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:

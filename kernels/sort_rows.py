@@ -3,6 +3,8 @@
 Legend: T tokens, K places of a token's top-k, E experts, R rows sorted by expert, G groups (experts with rows).
 """
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +83,36 @@ def check_ids(ids_TK: torch.Tensor) -> None:
     if ids_TK.ndim != 2:
         raise ValueError(f"ids_TK: a matrix is needed, not {list(ids_TK.shape)}")
     check_tensor("ids_TK", ids_TK, ids_TK.shape, torch.int32 if ids_TK.dtype is torch.int32 else torch.int64)
+
+
+@kernel
+def _place_in_order(ids, wide, pairs, order, count, experts, ranks, out):
+    """out [pairs] int32: the place of each id in order [count], -1 for one that is not there; int32 ranks [experts]."""
+    for e in range(experts):
+        put_int32(ranks, e, -1)
+    for i in range(count):
+        put_int32(ranks, np.int64(get_int32(order, i)), i)
+    for p in range(pairs):
+        e = get_int64(ids, p) if wide else np.int64(get_int32(ids, p))
+        if e < -1 or e >= experts:
+            return -1 - p
+        put_int32(out, p, get_int32(ranks, e) if e >= 0 else -1)
+    return 0
+
+
+def sort_rows_in(order: Sequence[int], ids_TK: torch.Tensor, experts: int) -> SortedRows:
+    """As `sort_rows`, by the place that experts have in `order`, which is also their number in what is returned."""
+    ids_TK = ids_TK.contiguous()
+    check_ids(ids_TK)
+    pairs, room = ids_TK.numel(), array("i", order)
+    ranks, places_TK = torch.empty(experts, dtype=torch.int32), torch.empty(ids_TK.shape, dtype=torch.int32)
+    found = _place_in_order(
+        ids_TK.data_ptr(), int(ids_TK.dtype is torch.int64), pairs, room.buffer_info()[0], len(room), experts,
+        ranks.data_ptr(), places_TK.data_ptr(),
+    )  # fmt: skip
+    if found < 0:
+        raise ValueError(f"ids_TK: expert {int(ids_TK.flatten()[-1 - found])} is not in -1..{experts - 1}")
+    return sort_rows(places_TK, len(room))
 
 
 def sort_rows(ids_TK: torch.Tensor, experts: int) -> SortedRows:

@@ -5,7 +5,7 @@ import torch
 from .grouped_linear import combine, grouped_linear
 from .paged_attention import paged_decode_attention
 from .small_experts import small_experts
-from .sort_rows import sort_rows
+from .sort_rows import sort_rows_in
 from .write_kv import write_kv
 
 
@@ -15,7 +15,7 @@ def warm_up() -> None:
     About ten seconds of one core the first time, a third of a second from the cache. One call serves both dtypes.
     """
     x = torch.zeros(1, 8)
-    rows = sort_rows(torch.zeros(1, 1, dtype=torch.int64), 1)
+    rows = sort_rows_in([0], torch.zeros(1, 1, dtype=torch.int64), 1)
     y = grouped_linear(x, torch.zeros(1, 8, 8), rows.starts, rows.experts_G)  # also small_linear's kernel
     combine(y, rows.position_TK, torch.ones(1, 1))
     small_experts(x, rows.position_TK, torch.ones(1, 1), torch.zeros(1, 16, 8), torch.zeros(1, 8, 8))

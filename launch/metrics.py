@@ -41,6 +41,11 @@ _COUNTERS = (
     ("expert_ahead_ready", "moe_expert_ahead_ready", "Missing experts that had been read by then."),
     ("expert_ahead_bytes", "moe_expert_bytes_ahead", "Bytes of experts read ahead of the router's choice."),
     ("expert_ahead_used_bytes", "moe_expert_bytes_ahead_used", "Those of experts that the router then chose."),
+    (
+        "expert_preloaded",
+        "moe_expert_preloaded",
+        "Experts given slots that were empty before a router asked for them.",
+    ),
     ("decode_chosen", "decode_steps_chosen", "Steps in which not all requests that could decode did."),
     ("decode_passed_over", "decode_passed_over", "How often a request was passed over by such a step."),
     ("decode_regrouped", "decode_steps_regrouped", "Such steps that were not in order, to share missing experts."),
@@ -120,6 +125,7 @@ _PREDICTOR_GAUGES = {
     " then used; of late.",
     "us_per_token": "Microseconds per token that a predictor of routing takes; of late.",
     "useful_share": "Share of the bytes read ahead on a predictor's word that were used; of late.",
+    "depth": "How many layers ahead a predictor is asked, in steps of as many tokens as the last one.",
     "on": "Ranks in which a predictor is asked; one that costs more than it hides is not.",
 }
 """By the names of `Measured`'s properties."""

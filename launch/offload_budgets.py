@@ -23,6 +23,7 @@ from ..scheduler.offload_cost import (
     expected,
     most_like,
 )
+from ..scheduler.placement import slots_needed
 from . import machine, profile
 
 if TYPE_CHECKING:
@@ -32,6 +33,32 @@ if TYPE_CHECKING:
 SHARES = (6, 12, 25, 50, 75, 100)
 """Percent of the experts."""
 NEXT_BYTES = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """The experts that one rank has, with room for copies, of all layers: how many, and how many of them a step touches
+    at most in which each rank has one token and their experts are spread evenly.
+    """
+
+    ranks: int
+    experts: int
+    nbytes: int
+    active: int
+
+
+def own_experts(config: EngineConfig, blueprint: Blueprint) -> Own:
+    specs, ranks = blueprint.spec.experts, config.ep or 1
+    slots_L = [spec.num_experts for spec in specs]
+    if ranks > 1:
+        slots_L = [slots_needed(experts, ranks, config.redundant_experts) for experts in slots_L]
+    layers = list(zip(specs, slots_L, strict=True))
+    return Own(
+        ranks=ranks,
+        experts=sum(slots_L),
+        nbytes=sum(blueprint.weights.reader(spec).nbytes * slots for spec, slots in layers),
+        active=sum(min(spec.top_k, slots) for spec, slots in layers),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +83,14 @@ class Budgets:
     """Of the most hits."""
     rows: Sequence[Row]
     chosen: Row
+    ranks: int = 1
+    """All figures are those of one of them, with one request on each."""
 
     def lines(self) -> Iterator[str]:
         need, rate = self.need, self.machine
         how = "weights" if need.experts_s is None else "experts as measured, other weights"
         yield (
-            f"one request, by the model: computing a token takes {_ms(need.compute_s(rate))} ({how} at"
+            f"one request{self._each()}, by the model: computing a token takes {_ms(need.compute_s(rate))} ({how} at"
             f" {rate.memory / 1e9:.3g} GB/s), reading a missed expert {_ms(need.read_s(rate, 1))}"
             f" ({rate.source})"
         )
@@ -91,6 +120,8 @@ class Budgets:
             yield "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
         yield f"  hits: at least as with even routing, at most {self.source}"
         yield "  tokens/s: at least with the fewest hits, reading and computing in turn; at most with the most, at once"
+        if self.ranks > 1:
+            yield f"  memory, experts, hits and tokens/s are of one rank; {self.ranks} give as many times the tokens/s"
         yield self.sentence()
 
     def sentence(self) -> str:
@@ -98,17 +129,24 @@ class Budgets:
         assert row.now is not None and row.more is not None
         share = row.budget / (self.need.expert_bytes * self.need.experts)
         if row.now.slots == self.need.experts:
-            return f"With all experts in memory nothing is read: {rate_text(full)} tokens/s for one request."
+            return (
+                f"With all experts in memory nothing is read: {rate_text(full)} tokens/s for one request{self._each()}."
+            )
         more = f", with 1 GiB more {_rates(row.more.tokens_per_s)}" if row.more.slots < self.need.experts else ""
         return (
             f"With {format_size(row.budget)} for experts ({100 * share:.3g} %) expect {_rates(row.now.tokens_per_s)}"
-            f" tokens/s for one request{more}; all in memory would give {rate_text(full)}."
+            f" tokens/s for one request{self._each()}{more}; all in memory would give {rate_text(full)}."
         )
+
+    def _each(self) -> str:
+        return f" on each of {self.ranks} ranks" if self.ranks > 1 else ""
 
 
 def budgets(config: EngineConfig, blueprint: Blueprint, free: float, suggested: str | None = None) -> Budgets:
     """For `config.expert_memory`, or the one `suggested` instead, with `free` bytes for weights. Measures the memory,
     and the disk where that is not known. Raises ValueError for what cannot be, OSError for files that cannot be read.
+
+    Several ranks are taken to be on this machine: they share its disk, and on a CPU the rate of its memory.
     """
     from ..engine import constants
     from ..engine.expert_files import ExpertFiles
@@ -117,19 +155,19 @@ def budgets(config: EngineConfig, blueprint: Blueprint, free: float, suggested: 
     size, specs = blueprint.footprint, blueprint.spec.experts
     with closing(ExpertFiles([blueprint.weights.reader(spec) for spec in specs])) as files:
         disk = disk_constants(files, progress=config.progress)
-    top_k = sum(spec.top_k for spec in specs)
+    own = own_experts(config, blueprint)
     need = Need(
         dense_bytes=size.dense,
         expert_bytes=size.expert,
-        active=top_k,
-        experts=size.num_experts,
+        active=own.active,
+        experts=own.experts,
         stored_bytes=disk.values.expert_bytes,
         experts_s=profile.experts_s(config, blueprint),
     )
-    missed_s, tiers = _missed(config, blueprint, disk.values)
+    missed_s, tiers = _missed(config, blueprint, disk.values, own)
     rate = Machine(
         bandwidth=disk.values.expert_bytes / missed_s,
-        memory=machine.read_rate(blueprint.device.type),
+        memory=machine.read_rate(blueprint.device.type) / (own.ranks if blueprint.device.type == "cpu" else 1),
         free=int(free),
         source=f"{tiers}, measured {disk.date:%Y-%m-%d}",
     )
@@ -143,19 +181,19 @@ def budgets(config: EngineConfig, blueprint: Blueprint, free: float, suggested: 
             f"as in this model's routing of {recorded[0].values.tokens} tokens, recorded {recorded[0].date:%Y-%m-%d}"
         )
     else:
-        curve, source = _published(top_k, size.num_experts)
-    return _table(config, blueprint, suggested, curve, need, rate, disk, source)
+        curve, source = _published(sum(spec.top_k for spec in specs), size.num_experts)
+    return _table(config, blueprint, suggested, curve, need, rate, disk, source, own)
 
 
-def _missed(config: EngineConfig, blueprint: Blueprint, disk: DiskCost) -> tuple[float, str]:
-    """Seconds until a missed expert is there, on average, and from where it comes."""
+def _missed(config: EngineConfig, blueprint: Blueprint, disk: DiskCost, own: Own) -> tuple[float, str]:
+    """Seconds until a missed expert is there, on average, and from where it comes. Ranks share the disk."""
     from ..engine.host_experts import host_budget
 
-    disk_s, size = disk.time_ns(1, disk.best) / 1e9, blueprint.footprint
+    disk_s, size = own.ranks * disk.time_ns(1, disk.best) / 1e9, blueprint.footprint
     if blueprint.device.type == "cpu":
-        return disk_s, "disk"
+        return disk_s, "disk" if own.ranks == 1 else f"disk, shared by {own.ranks} ranks"
     rate = machine.host_to_gpu_rate()
-    from_disk = 1 - min(host_budget(config.host_memory, size.experts) // size.expert / size.num_experts, 1)
+    from_disk = 1 - min(host_budget(config.host_memory, own.nbytes, own.ranks) // size.expert / own.experts, 1)
     tiers = f"host memory at {rate / 1e9:.3g} GB/s" + (
         f", {from_disk:.0%} of them from disk before" if from_disk else ""
     )
@@ -177,12 +215,13 @@ def _table(
     rate: Machine,
     disk: Record[DiskCost],
     source: str,
+    own: Own,
 ) -> Budgets:
-    total = blueprint.footprint.experts
+    total = own.nbytes
 
     def row(text: str, note: str = "") -> Row:
         budget = min(parse_budget(text, total, "expert_memory"), total)
-        slots = _slots(config, blueprint, text)
+        slots = _slots(config, blueprint, text, own)
         if slots is None:
             return Row(budget=budget, now=None, more=None, note="too little for one expert and one read")
         more = min(slots + NEXT_BYTES // need.expert_bytes, need.experts)
@@ -200,18 +239,18 @@ def _table(
         rows = [other for other in rows if other.budget != mine.budget] + [mine]
     chosen = rows[-1]
     rows.sort(key=lambda each: each.budget)
-    return Budgets(need=need, machine=rate, disk=disk, source=source, rows=rows, chosen=chosen)
+    return Budgets(need=need, machine=rate, disk=disk, source=source, rows=rows, chosen=chosen, ranks=own.ranks)
 
 
-def _slots(config: EngineConfig, blueprint: Blueprint, text: str) -> int | None:
+def _slots(config: EngineConfig, blueprint: Blueprint, text: str, own: Own) -> int | None:
     """Experts that stay with this budget; None if it is too small."""
     from ..engine.offload import plan_offload
 
     try:
-        plan = plan_offload(_with(config, text), blueprint)
+        plan = plan_offload(_with(config, text), blueprint, own.ranks)
     except ValueError:
         return None
-    return blueprint.footprint.num_experts if plan is None else plan.budget.slots
+    return own.experts if plan is None else plan.budget.slots
 
 
 def suggestion(config: EngineConfig, blueprint: Blueprint, free: float) -> str | None:
@@ -221,22 +260,22 @@ def suggestion(config: EngineConfig, blueprint: Blueprint, free: float) -> str |
     from ..engine.memory import kv_blocks
     from ..engine.offload import plan_offload
 
-    size, length = blueprint.footprint, blueprint.max_model_len
+    size, length, total = blueprint.footprint, blueprint.max_model_len, own_experts(config, blueprint).nbytes
     one = -(-length // config.block_size) * config.block_size * size.kv_per_token
     if config.kv_memory is not None:
         cache = parse_size(config.kv_memory, "kv_memory")
     else:
         cache = math.ceil(one / (config.memory_fraction or (0.9 if blueprint.device.type == "cuda" else 0.5)))
     budget = int(free) - size.dense - cache
-    if not 0 < budget < size.experts:
+    if not 0 < budget < total:
         return None
-    percent = 100 * budget // size.experts
+    percent = 100 * budget // total
     text = f"{percent}%" if percent else f"{budget}"
     try:
         kv_blocks(config, blueprint.device, size.kv_per_token, length, free - size.dense - budget)
     except ValueError:
         return None
-    plan_offload(_with(config, text), blueprint)
+    plan_offload(_with(config, text), blueprint, config.ep or 1)
     return text
 
 

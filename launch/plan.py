@@ -1,9 +1,9 @@
 """`moeyard plan`: what a checkpoint takes and what fits, from its headers alone, before anything is loaded.
 
-With `--expert-memory`, or where only that would make it fit, it says for one rank what speed to expect by how much of
-the experts is in memory; for that it measures the memory, and the disk if that has not been. With `--ep N` the memory
-is that of each of N ranks: all dense weights, its share of the experts, its own KV cache. The constants that were
-measured for this model are shown, too. A Hub id is downloaded first, as `serve` would.
+With `--expert-memory`, or where only that would make it fit, it says what speed to expect by how much of the experts is
+in memory; for that it measures the memory, and the disk if that has not been. With `--ep N` all is said of each of N
+ranks on this machine: all dense weights, its share of the experts, its own KV cache, its own requests. The constants
+that were measured for this model are shown, too. A Hub id is downloaded first, as `serve` would.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import psutil
 
 from ..engine.config import EngineConfig, format_size
-from ..scheduler.placement import slots_needed
 from . import offload_budgets, profile
 
 if TYPE_CHECKING:
@@ -38,14 +37,14 @@ def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
     free = free_memory(blueprint.device) / (ranks if blueprint.device.type == "cpu" else 1)  # they share its RAM
     code = _show_memory(config, blueprint, free)
     suggested, worth = None, None
-    if code and ranks == 1 and blueprint.spec.experts:
+    if code and blueprint.spec.experts:
         try:
             suggested = offload_budgets.suggestion(config, blueprint, free)
         except ValueError as error:
             print(f"  a part of the experts cannot be in memory: {error}")
     if suggested is not None:
         print(f"  with --expert-memory {suggested} it would fit")
-    if suggested is not None or (config.expert_memory is not None and ranks == 1):
+    if suggested is not None or config.expert_memory is not None:
         worth = offload_budgets.budgets(config, blueprint, free, suggested)
     for line in profile.lines(config, blueprint, worth.disk if worth else None):
         print(line)
@@ -63,13 +62,10 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
     ranks, on_cpu = config.ep or 1, blueprint.device.type == "cpu"
     experts, slots, note = size.experts, size.num_experts, f"{size.num_experts} experts"
     if ranks > 1:
-        layers = [
-            (slots_needed(spec.num_experts, ranks, config.redundant_experts), blueprint.weights.reader(spec).nbytes)
-            for spec in blueprint.spec.experts
-        ]
-        experts, slots = sum(slots * nbytes for slots, nbytes in layers), sum(slots for slots, _ in layers)
+        own = offload_budgets.own_experts(config, blueprint)
+        experts, slots = own.nbytes, own.experts
         note = f"room for {slots} of {size.num_experts} experts"
-    offload = plan_offload(config, blueprint)
+    offload = plan_offload(config, blueprint, ranks)
     below: list[tuple[str, float, str]] = []
     if offload is not None:
         store = offload.size

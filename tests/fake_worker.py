@@ -43,6 +43,7 @@ class FakeEngine:
             case "hang":
                 time.sleep(600)
         self.step_s = float(os.environ.get("FAKE_STEP_S", "0"))
+        self.tasks = int(os.environ.get("FAKE_TEND", "0"))
         self.requests = {}
         self.steps = self.prefilled = self.generated = 0
 
@@ -54,6 +55,16 @@ class FakeEngine:
     @property
     def has_work(self):
         return bool(self.requests)
+
+    def tend(self):
+        """$FAKE_TEND times there is something to do in the background."""
+        if self.tasks:
+            self.write("tend", self.tasks)
+            self.tasks -= 1
+        return bool(self.tasks)
+
+    def remember(self):
+        self.write("remember")
 
     def submit(self, submit):
         params = SamplingParams.from_dict(submit.params)

@@ -238,6 +238,7 @@ def test_an_engine_whose_experts_are_not_all_in_memory(tmp_path, monkeypatch):
     ids, groups = prompts(131, 1, longest=9), []
     engine = Engine(EngineConfig(model=str(path), expert_memory="60%", **OPTIONS))
     (layer,) = engine._experts.layers
+    assert layer.pool.memory is None  # its layout is not the file's, so that places are slots, as on a GPU
     layer.grouped, layer._compiled = grouped_experts_of(layer.pool, layer.gate), False
     listed = layer.grouped.listed
     layer.grouped.listed = lambda *args: groups.append(len(args[3])) or listed(*args)

@@ -10,7 +10,7 @@ import world
 
 from moeyard.engine.all_gather import AllGatherDispatcher
 from moeyard.engine.all_to_all import AllToAllDispatcher
-from moeyard.engine.dispatch import LocalDispatcher, PlanMismatch
+from moeyard.engine.dispatch import LocalDispatcher, Note, PlanMismatch
 from moeyard.engine.row_format import RowFormat
 from moeyard.scheduler import placement
 from moeyard.scheduler.assignment import nearest_homes
@@ -92,15 +92,21 @@ def by_contract(dispatcher, x, ids, weights, plan, expert_of_slot, matrices):
     return dispatcher.combine(torch.cat(parts) if parts else rows, state)
 
 
-def in_chunks(dispatcher, x, ids, weights, plan, expert_of_slot, matrices):
+def in_chunks(dispatcher, x, ids, weights, plan, expert_of_slot, matrices, note_bytes=0):
     """As the layer does: the next chunk is sent before this one is computed."""
-    local = LocalDispatcher(dispatcher.num_slots)
-    chunks = dispatcher.cut(x, ids, weights, plan)
+    local, group = LocalDispatcher(dispatcher.num_slots), dispatcher.group
+    note, heard = None, []
+    if note_bytes:
+        note = Note(mine_N=noted(group.position, note_bytes), heard=heard.append)
+    chunks = dispatcher.cut(x, ids, weights, plan, note)
     chunks[0].send()
     for i, chunk in enumerate(chunks):
         if i + 1 < len(chunks):
             chunks[i + 1].send()
         arrived = chunk.arrive()
+        if note is not None:
+            (notes_PN,) = heard  # once, before anything is computed
+            assert torch.equal(notes_PN, torch.stack([noted(position, note_bytes) for position in range(group.size)]))
         chunk.give_back(
             by_contract(local, arrived.x_RD, arrived.slots_RK, arrived.weights_RK, plan, expert_of_slot, matrices)
         )
@@ -108,6 +114,11 @@ def in_chunks(dispatcher, x, ids, weights, plan, expert_of_slot, matrices):
     for chunk in chunks:
         chunk.add_to(out)
     return out, len(chunks)
+
+
+def noted(position, nbytes):
+    """What a rank tells the others."""
+    return (torch.arange(nbytes) * 7 + 31 * position).to(torch.uint8)
 
 
 def every_combination(group):
@@ -127,7 +138,9 @@ def every_combination(group):
         if degree == 1:
             outs.append(by_contract(dispatcher, x, ids, weights, plan, expert_of_slot, matrices))
         if any(tokens_P):
-            out, count = in_chunks(dispatcher, x, ids, weights, plan, expert_of_slot, matrices)
+            # Of one row of a token in the all-gather, a part of one, and several
+            note_bytes = {1: 0, 2: 8, 4: RowFormat(HIDDEN, CHOICES, x.dtype).nbytes, 8: 200}[degree]
+            out, count = in_chunks(dispatcher, x, ids, weights, plan, expert_of_slot, matrices, note_bytes)
             outs.append(out)
             if name == "all_to_all" and count != degree:
                 wrong.append((*case, f"{count} chunks"))

@@ -50,6 +50,10 @@ def assert_equal(read: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
         assert read[name].dtype == wanted[name].dtype and torch.equal(read[name], wanted[name]), name
 
 
+REARRANGED = {"gpt_oss"}
+"""Architectures whose experts are not stored as layers compute with them."""
+
+
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @DIRECT
 def test_every_expert_of_every_architecture(architecture: str, direct: bool, tmp_path: Path) -> None:
@@ -60,7 +64,15 @@ def test_every_expert_of_every_architecture(architecture: str, direct: bool, tmp
     buffer = dirty(files)
     for layer, reader in enumerate(readers):
         for expert in range(reader.spec.num_experts):
-            assert_equal(files.read(layer, expert, buffer), reader.read(expert))
+            wanted = reader.read(expert)
+            assert_equal(files.read(layer, expert, buffer), wanted)
+            if files.in_place:
+                placed = files.placed(layer, expert, buffer)
+                assert_equal({name: torch.cat(blocks) for name, blocks in placed.items()}, wanted)
+                begin, end = buffer.data_B.data_ptr(), buffer.data_B.data_ptr() + buffer.nbytes
+                assert all(begin <= block.data_ptr() < end for blocks in placed.values() for block in blocks)
+                assert files.place_bytes >= reader.nbytes and files.place_bytes % BLOCK == 0
+    assert files.in_place == (architecture not in REARRANGED)
     assert files.num_experts_L == [r.spec.num_experts for r in readers]
     files.close()
 
@@ -111,6 +123,18 @@ def test_an_expert_whose_parts_lie_together_is_one_extent(tmp_path: Path) -> Non
         assert extent.nbytes == reader.nbytes
         assert extent.first % BLOCK == extent.last % BLOCK == 0
         assert files.buffer_bytes >= extent.last - extent.first
+
+
+def test_what_is_not_in_place(tmp_path: Path) -> None:
+    """Other types than the model's are converted; and a file whose header ends anywhere aligns nothing."""
+    path = tiny.save("qwen3_moe", tmp_path / "model")
+    assert ExpertFiles(readers_of(path)).in_place
+    assert not ExpertFiles(readers_of(path, "bfloat16")).in_place
+    file = path / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    file.write_bytes((length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :])
+    assert not ExpertFiles(readers_of(path)).in_place
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])

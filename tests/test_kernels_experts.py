@@ -1,11 +1,14 @@
 """A whole layer of experts for few tokens, against a loop in float64."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from moeyard.kernels.grouped_linear import grouped_gate_up_silu, grouped_linear
 from moeyard.kernels.small_experts import small_experts
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -123,6 +126,27 @@ def test_experts_in_scattered_slots():
     assert counts.tolist() == [1, 2, 0, 1, 1]
     with pytest.raises(ValueError, match="expert 2 has tokens but no slot"):
         small_experts(x, torch.tensor([[0, 3], [2, 1], [1, -1]]), weights, gate_up, down, slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_anywhere_in_memory(dtype):
+    gate_up, _ = layer(5, 40, 24, dtype)
+    bias = torch.randn(5, 48).to(dtype)
+    x, starts, experts = torch.randn(9, 40).to(dtype), [0, 3, 4, 9], [4, 0, 2]
+    starts_G, experts_G = torch.tensor(starts, dtype=torch.int32), torch.tensor(experts, dtype=torch.int32)
+    alone = [gate_up[e].clone() for e in experts]
+    halves = [(alone[0],), alone[1].clone().chunk(2), (alone[2][:24].clone(), alone[2][24:].clone())]
+    stacked = grouped_gate_up_silu(x, gate_up, starts_G, experts_G)
+    assert torch.equal(grouped_gate_up_silu(x, halves, starts_G, None), stacked)
+    stacked = grouped_linear(x, gate_up, starts_G, experts_G, bias)
+    biases = [bias[e].clone() for e in experts]
+    assert torch.equal(grouped_linear(x, alone, starts_G, None, biases), stacked)
+    for g, (low, high) in enumerate(itertools.pairwise(starts)):
+        assert_near(stacked[low:high], x[low:high].double() @ alone[g].double().T + biases[g].double(), dtype)
+    with pytest.raises(ValueError, match="weight_ENK"):
+        grouped_linear(x, [alone[0], alone[1][:, ::2], alone[2]], starts_G, None)
+    with pytest.raises(ValueError, match="weight_E2IK"):
+        grouped_gate_up_silu(x, [(alone[0],), (alone[1],), (alone[2][:10], alone[2][10:])], starts_G, None)
 
 
 def test_rows_of_a_larger_tensor_and_weights_of_the_model_dtype():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moeyard.kernels.grouped_linear import combine, grouped_gate_up_silu, grouped_linear
 from moeyard.kernels.small_linear import small_linear
-from moeyard.kernels.sort_rows import sort_rows
+from moeyard.kernels.sort_rows import sort_rows, sort_rows_in
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -110,10 +110,25 @@ def test_sort_rows(tokens, top_k, experts, narrow, seed):
     assert rows.position_TK.flatten().tolist() == [position.get(p, -1) for p in range(tokens * top_k)]
 
 
+@given(st.integers(0, 9), st.integers(1, 4), st.integers(4, 12), st.booleans(), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_sort_rows_in_an_order(tokens, top_k, experts, narrow, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = random_ids(tokens, top_k, experts, generator)
+    order = torch.randperm(experts, generator=generator)[: experts - 2].tolist()
+    places = torch.tensor([*(order.index(e) if e in order else -1 for e in range(experts)), -1])[ids]
+    wanted = sort_rows(places, len(order))
+    rows = sort_rows_in(order, ids.to(torch.int32).t().contiguous().t() if narrow else ids, experts)
+    assert all(torch.equal(getattr(rows, name), tensor) for name, tensor in vars(wanted).items())
+
+
 @pytest.mark.parametrize("bad", [-2, 5])
 def test_sort_rows_names_an_expert_that_does_not_exist(bad):
+    ids = torch.tensor([[0, 1], [bad, 2]])
     with pytest.raises(ValueError, match=f"expert {bad} "):
-        sort_rows(torch.tensor([[0, 1], [bad, 2]]), 5)
+        sort_rows(ids, 5)
+    with pytest.raises(ValueError, match=f"expert {bad} "):
+        sort_rows_in([0, 1], ids, 5)
 
 
 def grouped_cases(dtype):

@@ -120,6 +120,7 @@ def test_after_the_step_it_is_the_models_score(model: NextUse) -> None:
         start = t if t < 40 else t - 40
         run(live, rows(a=(start, 1)), ids_LK[None])
         close(live.future(), scores[t])
+        assert live.future() is live.future()  # nothing is copied to be looked at
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])

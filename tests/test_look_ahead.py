@@ -274,7 +274,7 @@ class Model(nn.Module):
         return x
 
 
-def spec_of(layers):
+def spec_of(layers, vocab_size=1):
     experts = ExpertsSpec(
         module="",
         num_experts=4,
@@ -289,7 +289,7 @@ def spec_of(layers):
     return ModelSpec(
         architecture="",
         hidden_size=8,
-        vocab_size=1,
+        vocab_size=vocab_size,
         attention=tuple(replace(attention, module=f"layers.{n}.attention") for n in range(layers)),
         experts=tuple(replace(experts, module=f"layers.{n}.experts") for n in range(layers)),
     )

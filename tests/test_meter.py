@@ -9,6 +9,7 @@ from moeyard.engine.messages import Stats
 from moeyard.engine.predict import meter as meter_module
 from moeyard.engine.predict.base import Predictor, Rows
 from moeyard.engine.predict.meter import HALF_LIFE, Measured, Meter, Switch, add_up
+from moeyard.engine.store import Outcome
 from moeyard.launch.totals import Totals
 
 # The switch
@@ -123,14 +124,18 @@ def rows(tokens):
     return [Rows(request_id="a", first=0, token_ids=[1] * tokens, start=0)]
 
 
-def step(meter, used, tokens=1, heard=()):
+def used(nbytes, hidden=None):
+    return Outcome(nbytes=nbytes, used=True, hidden=nbytes if hidden is None else hidden)
+
+
+def step(meter, chosen, tokens=1, heard=()):
     """A step in which each layer used these experts, as [T, K]."""
     meter.begin_step(rows(tokens))
-    for layer in used:
+    for layer in chosen:
         meter.upcoming(layer)
-    for layer, ids in used.items():
-        for nbytes, was_used in heard:
-            meter.heard(nbytes, was_used)
+    for layer, ids in chosen.items():
+        for outcome in heard:
+            meter.heard(outcome)
         meter.routed(layer, np.array(ids))
         meter.future()
     meter.end_step()
@@ -218,7 +223,7 @@ def test_cost_and_useful_share(monkeypatch):
     fake.work_ns = 1000
     meter = Meter(fake, ns_per_byte=1, judged=False)
     for _ in range(5):
-        step(meter, {0: [[1, 2]] * 4}, tokens=4, heard=[(30, True), (10, False)])
+        step(meter, {0: [[1, 2]] * 4}, tokens=4, heard=[used(30), Outcome(nbytes=10)])
     assert len(fake.calls) == 25
     seen = meter.measured()
     assert seen.us_per_token == pytest.approx(5 / 4)
@@ -239,10 +244,12 @@ def drive(meter, fake, steps, tokens=1, heard=()):
 @pytest.mark.parametrize(
     ("heard", "asked"),
     [
-        ([(1000, True)], True),  # hides a microsecond, takes half of one
-        ([(400, True)], False),
-        ([(1000, True), (600, False)], False),  # what is read for nothing delays others
-        ([(1000, True), (400, False)], True),
+        ([used(1000)], True),  # hides a microsecond, takes half of one
+        ([used(400)], False),
+        ([used(1000, hidden=400)], False),  # the rest was waited for
+        ([used(1000), Outcome(nbytes=900, delay=600)], False),  # a layer waited for what was read for nothing
+        ([used(1000), Outcome(nbytes=900, delay=400)], True),
+        ([used(1000), Outcome(nbytes=9000)], True),  # nobody waited for that
         ([], False),
     ],
 )
@@ -263,7 +270,7 @@ def test_it_is_tried_again(monkeypatch):
     meter = Meter(fake, ns_per_byte=1)
     trial, rest = meter_module.TRIAL_STEPS, meter_module.REST_STEPS
     assert drive(meter, fake, trial + rest) == [True] * trial + [False] * rest
-    assert all(drive(meter, fake, 3 * trial, heard=[(10_000, True)])), "now it is worth it"
+    assert all(drive(meter, fake, 3 * trial, heard=[used(10_000)])), "now it is worth it"
 
 
 def test_steps_of_other_sizes_are_judged_apart(monkeypatch):
@@ -273,13 +280,13 @@ def test_steps_of_other_sizes_are_judged_apart(monkeypatch):
     meter = Meter(fake, ns_per_byte=1)
     for _ in range(meter_module.TRIAL_STEPS):
         fake.work_ns = 100
-        step(meter, {0: [[1, 2]]}, 1, [(1000, True)])
+        step(meter, {0: [[1, 2]]}, 1, [used(1000)])
         fake.work_ns = 100_000
-        step(meter, {0: [[1, 2]] * 300}, 300, [(1000, True)])
+        step(meter, {0: [[1, 2]] * 300}, 300, [used(1000)])
     fake.work_ns = 100
     for tokens, on in ((1, True), (300, False)):
         fake.calls.clear()
-        step(meter, {0: [[1, 2]] * tokens}, tokens, [(1000, True)])
+        step(meter, {0: [[1, 2]] * tokens}, tokens, [used(1000)])
         assert ("upcoming" in fake.calls) == on and {"begin", "routed", "end"} <= set(fake.calls)
         assert meter.on == on
 

@@ -142,7 +142,7 @@ def test_expert_gauges_per_layer():
 
 def test_predictors():
     metrics = Metrics()
-    measured = Measured(used=8, right_k=4, right_2k=6, likely=4, likely_used=3, ns=5000, tokens=2, on=1)
+    measured = Measured(used=8, right_k=4, right_2k=6, likely=4, likely_used=3, ns=5000, tokens=2, on=1, layers_ahead=3)
     metrics.on_stats(Stats(predictors={"look_ahead": measured.to_list(), "other": Measured().to_list()}))
     now = values(metrics)
 
@@ -150,7 +150,7 @@ def test_predictors():
         return now.get((f"moe_predictor_{name}", (*labels, ("predictor", "look_ahead"))))
 
     assert (of("recall", ("at", "k")), of("recall", ("at", "2k")), of("precision")) == (0.5, 0.75, 0.75)
-    assert (of("us_per_token"), of("on"), of("useful_share")) == (2.5, 1, None)
+    assert (of("us_per_token"), of("on"), of("useful_share"), of("depth")) == (2.5, 1, None, 3)
     others = {name: value for (name, labels), value in now.items() if ("predictor", "other") in labels}
     assert others == {"moe_predictor_on": 0}, "nothing is claimed of one that was not asked"
 

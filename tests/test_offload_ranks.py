@@ -6,9 +6,11 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import world
+from test_offload import Prophet
 from test_parity import prompts, reference
 from test_ranks import facts_of, make_engine, run_until_done, shared_out, submit
 
@@ -16,6 +18,9 @@ from moeyard.engine import measure_disk, offload
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.group import RankLost
 from moeyard.engine.messages import Placed
+from moeyard.engine.predict.choose import Chosen
+from moeyard.engine.predict.next_use import LiveNextUse
+from moeyard.launch import machine
 from moeyard.launch.plan import run as show_plan
 from moeyard.launch.totals import Totals
 from moeyard.scheduler import placement
@@ -327,6 +332,75 @@ def test_the_others_take_over_the_experts_of_a_lost_rank(checkpoints, wanted):
     assert {e for _, _, experts in facts["events"] for e in experts} - set(facts["passed"][0][0][0])
 
 
+# Predictors
+
+
+def trained_on(topk_TLK, path):
+    from moeyard.engine.checkpoint import Checkpoint
+    from moeyard.engine.next_use import NextUse
+
+    made = NextUse.fit(topk_TLK, np.array([0]), 32, digest=Checkpoint(path).fingerprint)
+    return made.with_next_token(topk_TLK, np.array([0]))
+
+
+def foresee(group, path, by_rank, options):
+    """Each rank that has prompts knows, from a run with all experts in memory, how its tokens will route, and has a
+    predictor of next use; the others have none. Answers and facts, without and with that.
+    """
+    known = make(group, path)
+    mine = by_rank[group.position]
+    recorder = known.record_routing()
+    run_until_done(known, submit(known, mine, NEW_TOKENS))
+    topk = recorder.take() if mine else None
+    known.close()
+    chosen = Chosen()
+    if topk is not None:
+        chosen = Chosen(trained=[LiveNextUse(trained_on(topk, path))], others=[Prophet(topk, 32)])
+    results, predictors_for = [], offload.predictors_for
+    for predictor in ("none", "auto"):
+        group.progress.step, group.epoch = 0, group.epoch + 1
+        try:
+            offload.predictors_for = lambda option, *args: chosen if option == "auto" else Chosen()
+            engine = make(group, path, expert_memory="60%", predictor=predictor, **options)
+        finally:
+            offload.predictors_for = predictors_for
+        store, kept = engine._offload.store, []
+        visit = store.visit
+
+        def watched(layer, experts, scores, store=store, kept=kept, visit=visit):
+            kept.append(scores[layer, experts].tolist())
+            return visit(layer, experts, scores)
+
+        store.visit = watched
+        out = submit(engine, mine, NEW_TOKENS)
+        run_until_done(engine, out)
+        facts = {**offload_facts(engine), "residency": engine._offload.plan.residency, "scores": kept}
+        results.append((list(out.values()), facts))
+        engine.close()
+    return results
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_experts_are_read_ahead_for_the_tokens_of_all_ranks(checkpoints, wanted, worlds, dispatcher):
+    texts, expected = wanted("qwen3_moe")
+    options = {"dispatcher": dispatcher}
+    results = worlds[2].run(foresee, checkpoints("qwen3_moe"), shared_out(texts, 2), options)
+    for (without, with_them), answers in zip(results, shared_out(expected, 2), strict=True):
+        assert without[0] == with_them[0] == answers
+        assert without[1]["stats"].expert_ahead_bytes == 0 and not without[1]["stats"].predictors
+        stats, size = with_them[1]["stats"], with_them[1]["size"]
+        assert stats.expert_ahead_used_bytes > 0.8 * stats.expert_ahead_bytes
+        assert stats.expert_ahead * size.expert == stats.expert_ahead_used_bytes > 0  # of those that were missing
+        assert with_them[1]["most_used"] <= size.nbytes
+    # All requests are rank 0's: what rank 1 read ahead, and what it kept, was by rank 0's word.
+    (_, first), (_, second) = (with_them for _, with_them in results)
+    assert (first["residency"], second["residency"]) == ("predicted", "default")
+    assert any(score for scores in second["scores"] for score in scores) and not second["stats"].predictors
+    heard = sum(measured[-3] for measured in first["stats"].predictors.values())
+    ahead = [facts["stats"].expert_ahead_bytes for facts in (first, second)]
+    assert min(ahead) > 0 and heard > 0.8 * sum(ahead)  # of late
+
+
 # Reads that fail
 
 
@@ -381,7 +455,7 @@ HARMS = {"cut short": cut_short, "blocked": blocked, "no time": no_time}
 
 def fail_on_one(group, path, texts, harms, options):
     """Rank 0 has requests; the disk of rank 1 fails, in one way after the other, and is well in between."""
-    engine = make(group, path, expert_memory="25%", **options)
+    engine = make(group, path, **{"expert_memory": "25%"} | options)
     wake, said = 0, []
     mine = texts if not group.rank else []
     for harm in harms:
@@ -394,15 +468,20 @@ def fail_on_one(group, path, texts, harms, options):
         wake += 1
         said.append(("", until_done(engine, mine, wake)))
         group.all_gather_ints([0])
+    ahead = engine.stats(with_experts=False).expert_ahead_bytes
     engine.close()
-    return said
+    return said, ahead
 
 
-@pytest.mark.parametrize("options", [{"dispatcher": "all_to_all", "chunks": "2"}, {"dispatcher": "all_gather"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"dispatcher": "all_to_all", "chunks": "2"}, {"dispatcher": "all_gather", "expert_memory": "50%"}],
+)
 def test_a_read_that_fails_on_one_rank_ends_the_requests_of_that_step(checkpoints, wanted, worlds, options):
     path = checkpoints("qwen3_moe")
     texts, expected = wanted("qwen3_moe")
-    said, nothing = worlds[2].run(fail_on_one, path, texts, list(HARMS), options)
+    (said, _), (nothing, ahead) = worlds[2].run(fail_on_one, path, texts, list(HARMS), options)
+    assert (ahead > 0) == ("expert_memory" in options)  # with room for it, rank 1 reads ahead what rank 0 predicts
     words = {
         "cut short": "ends at byte",
         "blocked": "was not read within|did not end within",
@@ -450,6 +529,7 @@ def test_a_file_that_is_removed_while_serving_ends_the_requests_of_all_ranks(wor
 
 
 def test_each_rank_gets_its_share(checkpoints, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "read_rate", lambda device: 1e9)
     monkeypatch.setattr(offload, "disk_constants", disk_constants)
     monkeypatch.setattr(measure_disk, "CASE_S", 0.0)
     path = checkpoints("qwen3_moe")

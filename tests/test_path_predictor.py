@@ -119,9 +119,11 @@ def test_step_by_step_it_says_what_it_says_in_bulk(network: PathNetwork) -> None
                 assert found is not None
                 np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-4)
                 before = live.future()
+                assert before is not None
+                before = before.copy()
                 live.routed(layer, ids_TLK[:, layer])
                 after = live.future()
-                assert before is not None and after is not None
+                assert after is not None
                 used = scores.before_TLE[rows, layer].sum(0)  # by this step: it counts until the layer has chosen
                 share = path_network.KEPT
                 np.testing.assert_allclose(before[layer], used + share * after[layer], rtol=2e-3, atol=1e-3)
@@ -134,6 +136,38 @@ def test_step_by_step_it_says_what_it_says_in_bulk(network: PathNetwork) -> None
     plain.forget("unknown")
     plain.begin_step([])
     assert plain.future() is None and plain.upcoming(0) is None
+
+
+def test_of_each_sequence_alone_it_says_what_the_next_token_uses(network: PathNetwork) -> None:
+    trace, token_T = by_token(2, sequences=2, length=25)
+    asked, silent = PathPredictor(network), PathPredictor(network)
+    assert asked.next_of("a") is None
+    for t in range(12):
+        for live in (asked, silent):
+            names = "ab" if t < 6 else "a"  # then b waits
+            live.begin_step(
+                [
+                    Rows(request_id=name, first=first, token_ids=[int(token_T[25 * first + t])], start=t)
+                    for first, name in enumerate(names)
+                ]
+            )
+            for layer in range(LAYERS):
+                live.routed(layer, trace.topk_TLK[[t, 25 + t], layer][: len(names)])
+            live.end_step()
+        if t in (5, 11):
+            kept = silent.future()  # evaluates all of the step at once
+            assert kept is not None
+        for name in "ab":
+            state = asked._states[name]
+            next_BLE, _ = asked._evaluate([(state, (-1,))])
+            found, other = asked.next_of(name), silent.next_of(name)
+            assert found is not None and other is not None
+            np.testing.assert_allclose(found, next_BLE[0], rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(other, found, rtol=1e-4, atol=1e-6)
+            assert state.tokens == (t + 1 if name == "a" else min(t, 5) + 1)
+            assert found.min() >= 0 and found.max() <= 1
+    asked.forget("b")
+    assert asked.next_of("b") is None and asked.next_of("a") is not None
 
 
 def test_prompts_preemption_and_tokens_taken_back(network: PathNetwork) -> None:

@@ -121,6 +121,31 @@ def test_what_budgets_are_worth(qwen, capsys):
     assert last.startswith("With 130 KiB for experts (40 %) expect ") and last.endswith(f"would give {full}.")
 
 
+def test_what_budgets_are_worth_on_each_of_several_ranks(qwen, capsys):
+    """Three ranks of one machine have 3 of 8 experts each, and a third of the memory's rate and of the disk's."""
+    config = EngineConfig(model=str(qwen), expert_memory="40%", ep=3, **OPTIONS)
+    assert run(config) == 0
+    out = capsys.readouterr().out
+    rows = table(out)
+    own = 3 * 3
+    dense = int(draw_of(config).footprint.dense)
+    compute_s = (dense + 9 * EXPERT) / 1e9 * 3
+    assert f"one request on each of 3 ranks, by the model: computing a token takes {1000 * compute_s:.3g} ms" in out
+    assert "reading a missed expert 3 ms (disk, shared by 3 ranks, measured " in out
+    for share in (40, 75):
+        slots = slots_of(config, f"{share}%")
+        assert rows[f"{share} %"][2] == f"{slots}" and slots < own
+        low, high = re.match(r"(\d+)(?: to (\d+))? %", rows[f"{share} %"][3]).groups()
+        assert int(low) == round(100 * slots / own) <= int(high or low) <= 100
+        slow = float(rows[f"{share} %"][4].split(" to ")[0])
+        assert slow == pytest.approx(1 / (compute_s + 9 * (1 - slots / own) * 3 / 1000), rel=0.01)
+    assert rows["100 %"][2:5] == [f"{own}", "100 %", f"{1 / compute_s:,.0f}"]
+    assert out.splitlines()[-1].startswith("With 48.6 KiB for experts (40 %) expect ")
+    assert " tokens/s for one request on each of 3 ranks" in out.splitlines()[-1]
+    # With as many ranks as experts a rank's one expert of a layer is needed at most once a step.
+    assert offload_budgets.own_experts(dataclasses.replace(config, ep=8), draw_of(config)).active == 3
+
+
 def slots_of(config, share):
     return plan_offload(dataclasses.replace(config, expert_memory=share), draw_of(config)).budget.slots
 
@@ -194,6 +219,11 @@ def test_what_does_not_fit_gets_a_suggestion(qwen, capsys, monkeypatch):
     assert "a part of the experts cannot be in memory: expert_memory gives 10 B" in capsys.readouterr().out
     assert run(dataclasses.replace(config, ep=2)) == 1
     assert "--expert-memory" not in capsys.readouterr().out
+    free(2 * (size.dense + 2**20 + int(0.605 * size.experts / 2)))  # two ranks share it
+    assert run(dataclasses.replace(config, ep=2)) == 1
+    out = capsys.readouterr().out
+    assert "  with --expert-memory 60% it would fit" in out and table(out)["60 %"][-1] == "suggested"
+    assert run(dataclasses.replace(config, ep=2, expert_memory="60%")) == 0
 
 
 def test_a_gpu_fills_its_slots_from_host_memory(qwen, monkeypatch):
@@ -216,6 +246,9 @@ def test_a_gpu_fills_its_slots_from_host_memory(qwen, monkeypatch):
         kept = EXPERTS if host_memory == "100%" else EXPERTS // 2
         assert rows[0] == ("host memory", kept * EXPERT, f"{kept} of {EXPERTS} experts")
         assert [name for name, _, _ in rows[1:]] == ["read from disk"] * (kept < EXPERTS)
+    # Two ranks have a GPU each, and share the disk from which half of their experts come.
+    found = offload_budgets.budgets(dataclasses.replace(config, ep=2), blueprint, 2**30)
+    assert found.need.read_s(found.machine, 2) == pytest.approx(2 * 0.0015) and found.machine.memory == 1e9
 
 
 def test_a_model_that_fits_is_not_measured(qwen, capsys, monkeypatch):

@@ -39,14 +39,14 @@ class Gated:
         self.begun = threading.Semaphore(0)
         self.fail: set[int] = set()
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[None]:
+    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]:
         for piece in range(self.pieces):
             self.begun.release()
             assert self.allowed.acquire(timeout=BOUND_S)
             if expert in self.fail:
                 raise ExpertUnreadable(Path("a.safetensors"), layer, expert, "is no longer there")
             self.read.append((expert, piece))
-            yield
+            yield 1
 
     def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None:
         into["expert"].copy_(torch.tensor([layer, expert]))

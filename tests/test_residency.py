@@ -74,6 +74,7 @@ def test_the_rules(name: str, case: tuple[Budget, np.ndarray]) -> None:
     """Capacity and floors are kept, lookups are of the state before, and nobody who is in use goes."""
     budget, topk = case
     policy = POLICIES[name](budget, topk)
+    views = [policy.residents_of(layer) for layer in range(budget.layers)]
     here: set[tuple[int, int]] = set()
     rng = np.random.default_rng(7)
     for step, ids_LK in enumerate(topk.tolist()):
@@ -102,6 +103,8 @@ def test_the_rules(name: str, case: tuple[Budget, np.ndarray]) -> None:
             missing = sum(max(0, budget.floor - sum(at == layer for at, _ in here)) for layer in range(budget.layers))
             assert budget.slots - len(here) >= missing, "a floor's free slots were given away"
             assert {(int(at), int(i)) for at, i in np.argwhere(policy.resident_LE)} == here
+            assert {(at, i) for at, view_E in enumerate(views) for i in np.flatnonzero(view_E).tolist()} == here
+            assert not any(view_E.flags.writeable for view_E in views)
 
 
 @pytest.mark.parametrize("name", POLICIES)

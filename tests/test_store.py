@@ -13,7 +13,7 @@ from moeyard.engine.config import parse_budget
 from moeyard.engine.expert_files import AlignedBuffer
 from moeyard.engine.offload import POLICIES
 from moeyard.engine.readers import Priority, Readers
-from moeyard.engine.store import ExpertLate, ExpertStore, Want
+from moeyard.engine.store import ExpertLate, ExpertStore, Outcome, Want
 from moeyard.engine.store_size import READS_IN_FLIGHT, StoreSize, share_out
 from moeyard.scheduler.residency.slots import Budget, Context
 
@@ -31,7 +31,7 @@ class Fake:
         self.go = threading.Event()
         self.go.set()
         self.begun = threading.Semaphore(0)
-        self.in_flight = self.most_in_flight = 0
+        self.in_flight = self.most_in_flight = self.at_hand = 0
         self._lock = threading.Lock()
         buffers = [AlignedBuffer(1) for _ in range(size.buffers)]
         self.readers = Readers(self, buffers, threads=size.readers)
@@ -49,7 +49,7 @@ class Fake:
         finally:
             with self._lock:
                 self.in_flight -= 1
-        yield
+        yield SIZE
 
     def copy(self, layer, expert, buffer, into):
         self.contents[into["place"]] = (layer, expert)
@@ -66,6 +66,12 @@ class Fake:
 
     def nbytes(self, layer, expert):
         return SIZE
+
+    def bytes_read(self, read):
+        return self.at_hand
+
+    def in_the_way(self, read):
+        return 2 if self.readers.running(read) else 0
 
     def close(self, timeout_s):
         self.readers.close(timeout_s)
@@ -205,7 +211,7 @@ def settle(store):
 def test_what_was_read_ahead_is_there_when_the_router_asks_for_it(make):
     store, fake = make(slots=2, staging=5, readers=2, ahead=2)
     heard = []
-    store.heard = lambda *what: heard.append(what)
+    store.heard = lambda want, *what: heard.append((want.by, *what))
     store.fetch_ahead(wants(1, 2, by="me"))
     settle(store)
     assert store.figures.resident_bytes == 0  # not by asking: the policy decides about slots
@@ -219,7 +225,7 @@ def test_what_was_read_ahead_is_there_when_the_router_asks_for_it(make):
     figures = store.figures
     assert (figures.misses, figures.ahead, figures.ahead_ready) == (3, 2, 2)
     assert (figures.ahead_bytes, figures.ahead_used_bytes, figures.read_bytes) == (2 * SIZE, 2 * SIZE, 3 * SIZE)
-    assert heard == [("me", SIZE, True)] * 2
+    assert heard == [("me", Outcome(nbytes=SIZE, used=True, hidden=SIZE))] * 2
     assert store.figures.admitted_bytes == SIZE * len(store.resident) == 2 * SIZE
 
 
@@ -238,16 +244,63 @@ def test_a_router_makes_a_read_ahead_urgent_and_reads_nothing_twice(make):
     assert store.figures.ahead_used_bytes == SIZE
 
 
+def test_what_is_not_there_yet_hides_a_part_and_what_is_under_way_delays(make):
+    store, fake = make(slots=2, staging=5, readers=2, ahead=2)
+    heard = []
+    store.heard = lambda want, outcome: heard.append((want.expert, outcome))
+    fake.go.clear()
+    store.fetch_ahead(wants(1, 2, layer=1))
+    assert fake.begun.acquire(timeout=30)
+    fake.at_hand = 3
+    visit = store.visit(1, [1, 3])
+    fake.go.set()
+    for _ in visit:
+        pass
+    right, wrong = (1, Outcome(nbytes=SIZE, used=True, hidden=3)), (2, Outcome(nbytes=SIZE))
+    assert right in heard
+    # One of the two was under way: what is needed delays nobody, what is not needed makes the other wait.
+    assert set(heard) <= {right, wrong, (2, Outcome(delay=2))}
+    heard.clear()
+    fake.go.clear()
+    store.fetch_ahead(wants(4, layer=2, chance=0.9))
+    assert fake.begun.acquire(timeout=30)
+    while not store._held[2, 4].read.running():
+        pass
+    visit = store.visit(0, [5])
+    assert heard == [(4, Outcome(delay=2))]
+    fake.go.set()
+    for _ in visit:
+        pass
+    heard.clear()
+    settle(store)
+    store.visit(1, [1])
+    assert heard == []  # nobody waits
+
+
 def test_wrong_ones_are_forgotten_when_the_router_has_spoken(make):
     store, fake = make(slots=2, staging=5, readers=2, ahead=2)
     heard = []
-    store.heard = lambda *what: heard.append(what)
+    store.heard = lambda want, *what: heard.append((want.by, *what))
     store.fetch_ahead(wants(1, 2, by="me"))
     settle(store)
     run(store, fake, 0, [5])
-    assert not store._ahead and heard == [("me", SIZE, False)] * 2
+    assert not store._ahead and heard == [("me", Outcome(nbytes=SIZE))] * 2  # it has delayed nobody
     assert store.figures.ahead_bytes == 2 * SIZE and not store.figures.ahead_used_bytes
     assert store.figures.read_bytes == 3 * SIZE
+
+
+def test_a_layer_that_needs_nothing_here_forgets_what_was_read_ahead_for_it(make):
+    """As one of several ranks does, whose experts no token has chosen."""
+    store, fake = make(slots=2, staging=5, readers=2, ahead=2)
+    heard = []
+    store.heard = lambda *what: heard.append(what)
+    store.fetch_ahead(wants(1, by="me") + wants(2, layer=1, by="me"))
+    settle(store)
+    visit = store.visit(0, [])
+    assert visit.experts == () and [held.at for held in store._ahead] == [(1, 2)]
+    assert heard == [("me", SIZE, False)] and store.figures.misses == 0
+    run(store, fake, 1, [2])
+    assert heard[1:] == [("me", SIZE, True)]
 
 
 def test_the_likely_push_out_the_unlikely_and_one_place_is_left(make):

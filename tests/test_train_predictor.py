@@ -19,7 +19,7 @@ from moeyard.bench import predictor_scores, train_predictor
 from moeyard.bench.predictor_scores import Standing
 from moeyard.bench.predictor_texts import Texts, split
 from moeyard.bench.token_trace import TokenTrace, write_token_trace
-from moeyard.engine import constants
+from moeyard.engine import constants, usage
 from moeyard.engine.checkpoint import Checkpoint
 from moeyard.engine.next_use import NextUse
 from moeyard.engine.predict import installed
@@ -88,6 +88,8 @@ def test_what_tokens_decide_is_learnt_and_installed(model, texts, home, tmp_path
 
     digest = Checkpoint(model).fingerprint
     assert str(installed.path_of("path", digest)) in out and installed.directory() == home
+    counts_LE = usage.load(digest, LAYERS, EXPERTS)
+    assert (counts_LE.sum(1) == counts_LE[0].sum()).all() and counts_LE[0].sum() > 0
     found = installed.installed(digest, LAYERS, EXPERTS)
     assert found.names[-1] == "path" and found.path.shape.vocab == 4096 and found.path.digest == digest
     # none for another model, and one that was put in its place is refused
@@ -216,8 +218,9 @@ def test_recall_counts_what_is_used():
         (["--trace", "t.npz", "--epochs", "0"], "--epochs is 0; it must be at least 1"),
         (
             ["--trace", "t.npz", "--predictors", "ridge"],
-            "--predictors is 'ridge'; give different ones of next_use, path",
+            "--predictors is 'ridge'; give different ones of next_use, path, look_ahead",
         ),
+        (["--trace", "t.npz", "--predictors", "look_ahead"], "--predictors look_ahead needs --text"),
         (
             ["--trace", "t.npz", "--predictors", "next_use", "--epochs", "3"],
             "--epochs is of use for the predictor path",

@@ -98,7 +98,7 @@ def wait_for(condition):
 
 
 def test_a_request_from_hello_to_shutdown(tmp_path):
-    with Peer(tmp_path) as peer:
+    with Peer(tmp_path, FAKE_TEND="60") as peer:
         ready = peer.configure(dtype="float32", model="m")
         assert ready == Ready(max_model_len=256, vocab_size=4096, kv_tokens=4096, info={"model": "fake"})
         peer.send(submit("a", [5, 6, 7], max_tokens=4))
@@ -108,9 +108,11 @@ def test_a_request_from_hello_to_shutdown(tmp_path):
             deltas += tokens_of(message)
         assert [d.token_ids for d in deltas] == [[5], [6], [7], [5]]
         assert deltas[-1].finish_reason == "length"
+        wait_for(lambda: ["tend", 1] in peer.calls())  # without work, much sooner than once a second
         peer.send(Shutdown())
         assert peer.exit_code() == 0
-        assert peer.calls()[0] == ["config", "m", "float32"]
+        calls = peer.calls()
+        assert calls[0] == ["config", "m", "float32"] and calls[-1] == ["remember"]
 
 
 def test_all_waiting_messages_are_taken_between_two_steps(tmp_path):

@@ -38,12 +38,20 @@ class Predictor:
 
     name: str = ""
     """In metrics and logs, with underscores: `next_use`."""
+    ordered: bool = False
+    """Whether it looks at the order of a token's experts: to sort them by their weights takes time."""
+    exact: bool = False
+    """Whether what it says of a layer is known, not guessed: nobody else is asked about that layer then."""
+
+    reach: int = 4
+    """How many layers ahead it is asked at first; fewer where asking takes long."""
 
     def begin_step(self, rows: Sequence[Rows]) -> None:
         """A step begins. Its tokens are known, its routing is not."""
 
     def routed(self, layer: int, ids_TK: Array) -> None:
-        """A layer's router has chosen, for all rows of the step: ids in the order of its weights, -1 for none.
+        """A layer's router has chosen, for all rows of the step: ids, -1 for none; in the order of its weights if the
+        predictor is `ordered`, else in any.
 
         Layers come in ascending order. All of a step's predictions for this layer are over.
         """
@@ -63,7 +71,7 @@ class Predictor:
     def future(self) -> Floats | None:
         """[L, E] discounted uses of each expert after this step (see `NextUse`), summed over the sequences that run,
         also those that are not in this step; asked after `routed`, while the step runs, and after `end_step`. Larger is
-        wanted more or sooner.
+        wanted more or sooner. To be read only, and only until the predictor is told something.
         """
         return None
 

@@ -12,6 +12,7 @@ from .installed import KINDS, Trained, installed, load
 from .next_use import LiveNextUse
 from .path import PathPredictor
 from .path_network import PathNetwork
+from .stream_ridge import StreamRidge
 
 log = logging.getLogger("moeyard.predict")
 
@@ -19,12 +20,15 @@ log = logging.getLogger("moeyard.predict")
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """`trained` ones know the model's routing, and say which experts are worth a slot; `others` only what is next.
-    `look_ahead`: and the model's own routers are asked.
+    `look_ahead`: and the model's own routers are asked, about what `ridge` says where there is one.
     """
 
     trained: list[Predictor] = field(default_factory=list)
     others: list[Predictor] = field(default_factory=list)
     look_ahead: bool = False
+    ridge: StreamRidge | None = None
+    exact: bool = False
+    """And what routers choose by token ids alone is known."""
 
 
 def predictors_for(option: str, fingerprint: str, layers: int, experts: int) -> Chosen:
@@ -32,17 +36,25 @@ def predictors_for(option: str, fingerprint: str, layers: int, experts: int) -> 
     if option == "none":
         return Chosen()
     found: list[Trained] = []
+    ridge = None
     if option == "auto":
         there = installed(fingerprint, layers, experts)
         found = [made for made in (there.path, there.next_use) if made is not None]
-        names = " and ".join(there.names) or "none"
-        log.info("predictors trained for this model: %s%s", names, "" if found else " (moeyard train-predictor)")
+        ridge = there.look_ahead
+        names = ", ".join(there.names) or "none (moeyard train-predictor)"
+        log.info("predictors trained for this model: %s", names)
     else:
-        found = [_named(option, fingerprint, layers, experts)]
-    trained: list[Predictor] = [PathPredictor(f) if isinstance(f, PathNetwork) else LiveNextUse(f) for f in found]
+        one = _named(option, fingerprint, layers, experts)
+        if isinstance(one, StreamRidge):
+            return Chosen(look_ahead=True, ridge=one)
+        found = [one]
+    trained: list[Predictor] = []
+    for made in found:
+        assert not isinstance(made, StreamRidge)
+        trained.append(PathPredictor(made) if isinstance(made, PathNetwork) else LiveNextUse(made))
     # Where something was trained, what needs no training is only in the way: it is less often right.
     others: list[Predictor] = [] if trained else [Coactivation(layers, experts), DecayedCounts(layers, experts)]
-    return Chosen(trained=trained, others=others, look_ahead=option == "auto")
+    return Chosen(trained=trained, others=others, look_ahead=option == "auto", ridge=ridge, exact=option == "auto")
 
 
 def _named(option: str, fingerprint: str, layers: int, experts: int) -> Trained:

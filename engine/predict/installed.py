@@ -14,11 +14,16 @@ from pathlib import Path
 from .. import constants
 from ..next_use import NextUse
 from .path_network import PathNetwork
+from .stream_ridge import StreamRidge
 
 log = logging.getLogger("moeyard.predict")
 
-Trained = NextUse | PathNetwork
-KINDS: dict[str, type[NextUse] | type[PathNetwork]] = {"next_use": NextUse, "path": PathNetwork}
+Trained = NextUse | PathNetwork | StreamRidge
+KINDS: dict[str, type[NextUse] | type[PathNetwork] | type[StreamRidge]] = {
+    "next_use": NextUse,
+    "path": PathNetwork,
+    "look_ahead": StreamRidge,
+}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,6 +32,7 @@ class Installed:
 
     next_use: NextUse | None = None
     path: PathNetwork | None = None
+    look_ahead: StreamRidge | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,7 +104,8 @@ def installed(digest: str, layers: int, experts: int, folder: Path | None = None
             found[kind] = load(kind, path, digest, layers, experts)
         except ValueError as error:
             log.warning("the predictor %s is left out: %s", kind, error)
-    next_use, network = found.get("next_use"), found.get("path")
+    next_use, network, ridge = (found.get(kind) for kind in ("next_use", "path", "look_ahead"))
     assert next_use is None or isinstance(next_use, NextUse)
     assert network is None or isinstance(network, PathNetwork)
-    return Installed(next_use=next_use, path=network)
+    assert ridge is None or isinstance(ridge, StreamRidge)
+    return Installed(next_use=next_use, path=network, look_ahead=ridge)

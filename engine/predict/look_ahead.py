@@ -2,8 +2,9 @@
 
 The stream changes slowly from layer to layer, so that a later layer's norm and router, run on what it is now plus the
 mean of what the layers between add to it, name most of the experts that they will choose. Such gates ahead of time are
-in many systems (Pre-gated MoE, arXiv 2308.12066; Fate, arXiv 2502.12224). How often each place in a router's order is
-right is counted as the model runs, and is the probability that is given.
+in many systems (Pre-gated MoE, arXiv 2308.12066; Fate, arXiv 2502.12224). Where a `StreamRidge` was fitted for the
+model, what it makes of the stream is asked about instead. How often each place in a router's order is right is counted
+as the model runs, and is the probability that is given.
 
 T: tokens of a step, L: MoE layers, E: experts, K: experts per token, D: hidden size, A: layers ahead, P: places in the
 order in which a router names experts, twice as many as a token has.
@@ -20,10 +21,9 @@ import torch
 
 from ..model import ModelSpec
 from .base import Array, Floats, Predictor, Rows
-from .routers import Router, RouterWatch
+from .routers import Choice, Router, RouterWatch
+from .stream_ridge import DEPTH, StreamRidge
 
-DEPTH = 4
-"""How many layers ahead a router is asked at most."""
 MEMORY = 4096
 """Tokens over which means are taken: what is older fades."""
 PRIOR = 16.0
@@ -49,15 +49,29 @@ class LookAhead(Predictor):
     """
 
     name = "look_ahead"
+    reach = 2
 
-    def __init__(self, model: torch.nn.Module, spec: ModelSpec, depth: int = DEPTH, *, mean: bool = True) -> None:
-        """`mean` adds what the layers between add in the mean. Without it the figures show what that is worth."""
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        spec: ModelSpec,
+        depth: int = DEPTH,
+        *,
+        mean: bool = True,
+        ridge: StreamRidge | None = None,
+    ) -> None:
+        """`mean` adds what the layers between add in the mean. Without it the figures show what that is worth. `ridge`
+        says what a router will see, of the layers and depths that it knows.
+        """
         if depth < 1:
             raise ValueError(f"depth is {depth}; it must be at least 1 layer")
         self.depth = depth
         self.asks = 0
         """How often a router was asked."""
+        self.ridge_asks = 0
+        """How often of these about what the ridge said."""
         self._mean = mean
+        self._ridge = ridge
         self._watch: RouterWatch | None = RouterWatch(model, spec)
         self._routers: list[Router | None] = [None] * len(spec.experts)
         self._experts = max((layer.num_experts for layer in spec.experts), default=0)
@@ -86,6 +100,9 @@ class LookAhead(Predictor):
         watch, self._watch = self._watch, None
         self._routers = watch.settle()
         self._mean_of = {layer: row for row, layer in enumerate(self.layers)}
+        if self._ridge is not None and self.layers:
+            asked = next(router for router in self._routers if router is not None).asked
+            self._ridge = self._ridge.to(next(asked.parameters()).device)
         for layer, router in enumerate(self._routers):
             if router is not None:
                 router.entry.register_forward_pre_hook(_telling(self, layer), with_kwargs=True)
@@ -129,12 +146,8 @@ class LookAhead(Predictor):
         if router is None or self._stream_1TD is None or not 1 <= ahead <= self.depth:
             return None
         if (layer, ahead) not in self._asked:
-            stream_1TD = self._stream_1TD
-            if self._mean_LD is not None:
-                here, there = self._mean_of[self._newest], self._mean_of[layer]
-                stream_1TD = stream_1TD + (self._mean_LD[there] - self._mean_LD[here]).to(stream_1TD.dtype)
             self.asks += 1
-            ids_TP = self._order(router, layer, stream_1TD)
+            ids_TP = named(self._choice(router, layer, ahead, self._stream_1TD), self._of_layer[layer])
             if (layer, ahead) not in self._places:
                 self._places[layer, ahead] = self.places(layer, ahead)
             p_E = any_of(ids_TP, self._places[layer, ahead], self._top_k[layer], self._of_layer[layer])
@@ -155,20 +168,14 @@ class LookAhead(Predictor):
         of_layer_P: npt.NDArray[np.float64] = (right_P + PRIOR * all_P) / (seen + PRIOR)
         return of_layer_P
 
-    def _order(self, router: Router, layer: int, stream_1TD: torch.Tensor) -> Array:
-        """[T, P] the experts that a router names, the best first: its choice, then those with the next best scores."""
-        choice = router.ask(stream_1TD)
-        # In numpy, which is several times faster for few rows
-        ids_TK, worth_TK = choice.ids_TK.cpu().numpy(), choice.weights_TK.float().cpu().numpy()
-        worth_TK = np.where(ids_TK < 0, -np.inf, worth_TK)
-        row_T1 = np.arange(len(ids_TK))[:, None]
-        ids_TK = ids_TK[row_T1, np.argsort(-worth_TK, axis=1, kind="stable")]
-        more = min(ids_TK.shape[1], self._of_layer[layer] - ids_TK.shape[1])
-        if choice.scores_TE is None or more < 1:
-            return ids_TK
-        rest_TE = choice.scores_TE.float().cpu().numpy().copy()
-        rest_TE[row_T1, ids_TK] = -np.inf
-        return np.concatenate([ids_TK, np.argsort(-rest_TE, axis=1, kind="stable")[:, :more]], axis=1)
+    def _choice(self, router: Router, layer: int, ahead: int, stream_1TD: torch.Tensor) -> Choice:
+        if self._ridge is not None and (normed_1TD := self._ridge.normed(layer, ahead, stream_1TD)) is not None:
+            self.ridge_asks += 1
+            return router.choose(normed_1TD)
+        if self._mean_LD is not None:
+            here, there = self._mean_of[self._newest], self._mean_of[layer]
+            stream_1TD = stream_1TD + (self._mean_LD[there] - self._mean_LD[here]).to(stream_1TD.dtype)
+        return router.ask(stream_1TD)
 
     # The residual stream
 
@@ -198,6 +205,21 @@ class LookAhead(Predictor):
         self._newest, self._stream_1TD = -1, None
         self._samples.clear()
         self._asked.clear()
+
+
+def named(choice: Choice, experts: int) -> Array:
+    """[T, P] the experts that a router names, the best first: its choice, then those with the next best scores."""
+    # In numpy, which is several times faster for few rows
+    ids_TK, worth_TK = choice.ids_TK.cpu().numpy(), choice.weights_TK.float().cpu().numpy()
+    worth_TK = np.where(ids_TK < 0, -np.inf, worth_TK)
+    row_T1 = np.arange(len(ids_TK))[:, None]
+    ids_TK = ids_TK[row_T1, np.argsort(-worth_TK, axis=1, kind="stable")]
+    more = min(ids_TK.shape[1], experts - ids_TK.shape[1])
+    if choice.scores_TE is None or more < 1:
+        return ids_TK
+    rest_TE = choice.scores_TE.float().cpu().numpy().copy()
+    rest_TE[row_T1, ids_TK] = -np.inf
+    return np.concatenate([ids_TK, np.argsort(-rest_TE, axis=1, kind="stable")[:, :more]], axis=1)
 
 
 def _telling(look_ahead: LookAhead, layer: int):  # type: ignore[no-untyped-def]

@@ -1,7 +1,8 @@
 """What a predictor is worth: how often it is right, what it costs, and whether to go on asking it.
 
-A predictor is asked while the time that it hides is more than the time that it takes: its own, and that of the bytes
-that were read for nothing. Below that it rests, and is tried again after a while, each time after twice as long.
+A predictor is asked while the time that it hides is more than the time that it takes: its own, and that in which layers
+wait for the end of reads on its word before their own may begin. What is read for nothing while the disk has nothing
+else to do takes no time. Below that it rests, and is tried again after a while, each time after twice as long.
 
 L: MoE layers, E: experts of a layer, T: tokens of a step, K: experts per token.
 """
@@ -16,6 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..store import Outcome
 from .base import Array, Floats, Predictor, Rows
 
 TRIAL_STEPS = 32
@@ -81,6 +83,8 @@ class Measured:
     used_bytes: float = 0.0
     on: float = 0.0
     """Ranks that ask it now. No sum over time."""
+    layers_ahead: float = 0.0
+    """How far ahead it is asked now, 0 where that is not known. Nor this."""
 
     def to_list(self) -> list[float]:
         """The fields in their order, as they travel in `Stats.predictors`."""
@@ -100,6 +104,10 @@ class Measured:
         return _share(self.right_2k, self.used)
 
     @property
+    def depth(self) -> float | None:
+        return self.layers_ahead or None
+
+    @property
     def precision(self) -> float | None:
         return _share(self.likely_used, self.likely)
 
@@ -114,7 +122,7 @@ class Measured:
     def fade(self) -> None:
         """A step goes by."""
         for field in dataclasses.fields(self):
-            if field.name != "on":
+            if field.name not in ("on", "layers_ahead"):
                 setattr(self, field.name, getattr(self, field.name) * _FADE)
 
 
@@ -144,8 +152,7 @@ class Meter(Predictor):
 
     Args:
         predictor: whose name it takes.
-        ns_per_byte: how long the disk takes for a byte: what one that was read ahead and used gains, and one that was
-            not used costs the others.
+        ns_per_byte: how long the disk takes for a byte.
         resident: [E] for a layer, which experts need not be read. None: precision is not measured.
         least_chance: from which an expert is read ahead.
         judged: whether the store tells of all that it is good for. Without that it is measured but stays on.
@@ -162,8 +169,9 @@ class Meter(Predictor):
     ) -> None:
         assert ns_per_byte >= 0
         self.predictor = predictor
-        self.name = predictor.name
-        self._ns_per_byte = ns_per_byte
+        self.name, self.ordered = predictor.name, predictor.ordered
+        self.exact, self.reach = predictor.exact, predictor.reach
+        self.ns_per_byte = ns_per_byte
         self._resident = resident
         self._least = least_chance
         self._judged = judged
@@ -178,6 +186,8 @@ class Meter(Predictor):
         self._tokens = 0
         self._used_bytes = 0
         self._read_bytes = 0
+        self._hidden_bytes = 0
+        self._delay_bytes = 0
         self._said: dict[int, Floats] = {}
         self._likely: dict[int, Array] = {}
         self._future_LE: Floats | None = None
@@ -207,10 +217,12 @@ class Meter(Predictor):
     def measured(self) -> Measured:
         return dataclasses.replace(self._measured, on=float(self.on))
 
-    def heard(self, nbytes: int, used: bool) -> None:
+    def heard(self, outcome: Outcome) -> None:
         """What became of bytes that were read ahead on the predictor's word."""
-        self._read_bytes += nbytes
-        self._used_bytes += nbytes if used else 0
+        self._read_bytes += outcome.nbytes
+        self._used_bytes += outcome.nbytes if outcome.used else 0
+        self._hidden_bytes += outcome.hidden
+        self._delay_bytes += outcome.delay
 
     # As the predictor
 
@@ -302,7 +314,6 @@ class Meter(Predictor):
         figures.tokens += self._tokens
         figures.read_bytes += self._read_bytes
         figures.used_bytes += self._used_bytes
-        wasted = self._read_bytes - self._used_bytes
-        spent_ns = self._ns + round(wasted * self._ns_per_byte)
-        self._switch.step(round(self._used_bytes * self._ns_per_byte), spent_ns)
-        self._ns = self._tokens = self._read_bytes = self._used_bytes = 0
+        spent_ns = self._ns + round(self._delay_bytes * self.ns_per_byte)
+        self._switch.step(round(self._hidden_bytes * self.ns_per_byte), spent_ns)
+        self._ns = self._tokens = self._read_bytes = self._used_bytes = self._hidden_bytes = self._delay_bytes = 0

@@ -38,6 +38,7 @@ class LiveNextUse(Predictor):
     """
 
     name = "next_use"
+    ordered = True
 
     def __init__(self, model: NextUse, sequences: int = SEQUENCES) -> None:
         self._followed = Followed(sequences)
@@ -56,6 +57,8 @@ class LiveNextUse(Predictor):
         self._total_LE = np.zeros((layers, experts), dtype=np.float32)
         self._others_LE = np.zeros_like(self._total_LE)
         """Of sequences that are followed and not in the step."""
+        self._future_LE = np.zeros_like(self._total_LE)
+        """The sum of both."""
         self._rank_K = rank_weights(1)
         self._waiting: set[int] = set()
         """Layers of the running step that have not been routed."""
@@ -121,6 +124,7 @@ class LiveNextUse(Predictor):
             self._scores_SLE,
             self._total_LE,
         )
+        np.add(self._total_LE[layer], self._others_LE[layer], out=self._future_LE[layer])
 
     def end_step(self) -> None:
         for layer in sorted(self._waiting):  # that no router has chosen for: nothing was chosen there
@@ -128,6 +132,7 @@ class LiveNextUse(Predictor):
         score_all(
             self._followed.row_R3, self._part_SLN, self._before_SN, self._own_SLE, self._scores_SLE, self._total_LE
         )
+        np.add(self._total_LE, self._others_LE, out=self._future_LE)
 
     def forget(self, request_id: str) -> None:
         if self._followed.forget(request_id):
@@ -136,10 +141,11 @@ class LiveNextUse(Predictor):
     def _sum(self) -> None:
         self._total_LE[:] = self._scores_SLE[self._followed.place_R].sum(0)
         self._others_LE[:] = self._scores_SLE[self._followed.others].sum(0)
+        np.add(self._total_LE, self._others_LE, out=self._future_LE)
 
     def future(self) -> Floats | None:
         """Also of those that wait for their turn. None while no sequence of the step is followed."""
-        return self._total_LE + self._others_LE if len(self._followed) else None
+        return self._future_LE if len(self._followed) else None
 
     def upcoming(self, layer: int) -> Floats | None:
         """None for a layer that has been routed, while no sequence is followed, and without a `next_token`."""

@@ -27,7 +27,8 @@ CHUNK = 256
 class PathState:
     """What is known of a sequence: its routing so far, and the last ids. `tokens` of it have run.
 
-    `known` is what the network says to the routing, None until it is asked.
+    `known` is what the network says to the routing, None until it is asked, and `next_LE` what it says of the next
+    token without its id.
     """
 
     def __init__(self, shape: PathShape) -> None:
@@ -35,6 +36,7 @@ class PathState:
         self.ids: deque[int] = deque(maxlen=WINDOW - 1)
         self.tokens = 0
         self.known: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.next_LE: Floats | None = None
 
 
 class PathPredictor(Predictor):
@@ -45,6 +47,7 @@ class PathPredictor(Predictor):
     """
 
     name = "path"
+    ordered = True
 
     def __init__(self, network: PathNetwork, next_use: NextUse | None = None) -> None:
         self._network = network.eval()
@@ -103,7 +106,7 @@ class PathPredictor(Predictor):
                 continue
             state.ids.extend(row.token_ids[-(WINDOW - 1) :])
             state.tokens += len(row.token_ids)
-            state.known = None
+            state.known = state.next_LE = None
             for ids_LK in ids_TLK[row.first : row.first + len(row.token_ids)] if whole else ():
                 state.history.observe(ids_LK)
 
@@ -119,12 +122,25 @@ class PathPredictor(Predictor):
             running = {row.request_id for row in self._rows} & self._states.keys()
             self._upcoming_LE = self._future_LE = None
             if running:
-                next_BLE, rest_BLE = self._evaluate([(self._states[name], (-1,)) for name in sorted(running)])
+                states = [self._states[name] for name in sorted(running)]
+                next_BLE, rest_BLE = self._evaluate([(state, (-1,)) for state in states])
+                for state, next_LE in zip(states, next_BLE, strict=True):
+                    state.next_LE = next_LE
                 self._future_LE = (next_BLE + np.float32(KEPT) * rest_BLE).sum(0)
                 if self._next_use is not None:
-                    histories = [self._states[name].history for name in sorted(running)]
+                    histories = [state.history for state in states]
                     self._future_LE = ((self._future_LE + self._next_use.predict(histories)) / 2).astype(np.float32)
-        return None if self._future_LE is None else self._future_LE.copy()
+        return self._future_LE
+
+    def next_of(self, request_id: str) -> Floats | None:
+        """Without the token's id, which is known first when its step begins. None for a sequence without tokens."""
+        state = self._states.get(request_id)
+        if state is None or not state.tokens:
+            return None
+        if state.next_LE is None:
+            next_BLE, _ = self._evaluate([(state, (-1,))])
+            state.next_LE = next_BLE[0]
+        return state.next_LE
 
     def _evaluate(self, inputs: Sequence[tuple[PathState, Sequence[int]]]) -> tuple[Floats, Floats]:
         """[B, L, E] that each of the tokens uses an expert, and the discounted uses after it; -1 for an unknown id."""

@@ -70,8 +70,24 @@ class Router:
 
     def ask(self, stream_1TD: torch.Tensor) -> Choice:
         """What this layer would choose for tokens with this residual stream [1, T, D]."""
-        x = stream_1TD if self.norm is None else self.norm.forward(stream_1TD)
-        x = x.reshape(-1, x.shape[-1]) if self.flat else x
+        return self.choose(self.normed(stream_1TD))
+
+    def normed(self, stream_1TD: torch.Tensor) -> torch.Tensor:
+        """What the norm, if there is one, makes of the residual stream [1, T, D]."""
+        normed_1TD: torch.Tensor = stream_1TD if self.norm is None else self.norm.forward(stream_1TD)
+        return normed_1TD
+
+    def weight_ED(self, experts: int, hidden: int) -> torch.Tensor | None:
+        """Of the linear map from what is normed to the experts' scores; None where there is not just one that can be
+        it.
+        """
+        own = {id(parameter) for parameter in self.experts.parameters()}
+        found = [p for p in self.asked.parameters() if p.shape == (experts, hidden) and id(p) not in own]
+        return found[0].detach() if len(found) == 1 else None
+
+    def choose(self, normed_1TD: torch.Tensor) -> Choice:
+        """What this layer would choose for tokens of which the norm made this [1, T, D]."""
+        x = normed_1TD.reshape(-1, normed_1TD.shape[-1]) if self.flat else normed_1TD
         scores: list[torch.Tensor] = []
         forwards: dict[nn.Module, Callable[..., Any]] = {self.experts: _speak}
         forwards |= dict.fromkeys(self.silent, torch.zeros_like)

@@ -102,6 +102,8 @@ class Policy(ABC):
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self._resident_LE: Booleans = np.zeros((budget.layers, budget.experts), dtype=bool)
+        self._seen_LE = self._resident_LE.view()
+        self._seen_LE.flags.writeable = False
         self._count_L: Integers = np.zeros(budget.layers, dtype=np.int64)
         self._keep_LE: Booleans = np.zeros_like(self._resident_LE)
         """Who is in use and must stay."""
@@ -116,6 +118,10 @@ class Policy(ABC):
     def resident_LE(self) -> Booleans:
         """[L, E] who is there now; a copy."""
         return self._resident_LE.copy()
+
+    def residents_of(self, layer: int) -> Booleans:
+        """[E] who of a layer is there, at any time: a view, which cannot be written to."""
+        return self._seen_LE[layer]
 
     def step(self, layer: int, experts: Iterable[int], context: Context) -> Decision:
         """One event: looks up `experts` of `layer`, then decides what to admit and what to evict for it.
@@ -145,6 +151,19 @@ class Policy(ABC):
         self._touch(layer, need_K if not before else np.array([e for e in need if e not in before], dtype=np.int64))
         admitted, evicted = self._decide(layer, misses, need_K)
         return Decision(hits=hits, misses=misses, admitted=admitted, evicted=evicted)
+
+    def place(self, layer: int, expert: int) -> bool:
+        """Gives a free slot to an expert that no event has asked for. False where it has one, or none is free for its
+        layer.
+        """
+        taken = int(np.maximum(self._count_L, self.budget.floor).sum())
+        if self._resident_LE[layer, expert] or (
+            self._count_L[layer] >= self.budget.floor and taken >= self.budget.slots
+        ):
+            return False
+        self._resident_LE[layer, expert] = True
+        self._count_L[layer] += 1
+        return True
 
     def settle(self, context: Context) -> Decision:
         """The step is over: what a policy decides with all of its routing known. Most decide nothing here."""
