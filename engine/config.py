@@ -35,6 +35,8 @@ RESIDENCY = ("auto", "predicted", "default", "decayed", "lfru", "lfu", "lru")
 """Policies (`scheduler.residency`). The first is the second where a predictor of next use is there, else the third; the
 third is by decayed frequency, too."""
 
+MISSES = ("auto", "copy", "cpu")
+
 BATCHING = ("auto", "affinity", "order")
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -112,6 +114,12 @@ class EngineConfig:
         "host memory for experts that are not on the GPU, as a size or a percentage of all experts; the others are read"
         " from disk (default: what is free)",
         metavar="SIZE",
+    )
+    misses: str = option(
+        "auto",
+        "what becomes of an expert that is in host memory and not on the GPU when it is needed: it is copied (copy), or"
+        " the CPU computes it where it is (cpu); auto chooses for each layer of a step by the times measured at start",
+        choices=MISSES,
     )
     residency: str = option(
         "auto",
@@ -275,7 +283,7 @@ class EngineConfig:
                 )
         if self.host_memory is not None:
             parse_budget(self.host_memory, 1, "host_memory")
-        for name in ("host_memory", "residency", "predictor"):
+        for name in ("host_memory", "misses", "residency", "predictor"):
             value = getattr(self, name)
             if self.expert_memory is None and value != getattr(EngineConfig, name):
                 raise ValueError(

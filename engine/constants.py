@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .. import __version__
 from ..scheduler.cost import Constants, RankConstants
+from ..scheduler.misses import MissCosts
 from ..scheduler.offload_cost import DiskCost, RoutingSummary
 
 if TYPE_CHECKING:
@@ -33,18 +34,20 @@ if TYPE_CHECKING:
 
 MAX_AGE = timedelta(days=30)
 
-KINDS: dict[str, type[RankConstants] | type[Constants] | type[DiskCost] | type[RoutingSummary]] = {
+KINDS: dict[str, type[RankConstants] | type[Constants] | type[DiskCost] | type[MissCosts] | type[RoutingSummary]] = {
     "rank": RankConstants,
     "group": Constants,
     "disk": DiskCost,
+    "misses": MissCosts,
     "routing": RoutingSummary,
 }
-"""What a rank measures by itself, what ranks measure together, what reading experts from a disk takes, and what a
-model's routing made of budgets when it was last recorded."""
+"""What a rank measures by itself, what ranks measure together, what reading experts from a disk takes, what experts
+that are missing on a device with a host tier take, and what a model's routing made of budgets when it was last
+recorded."""
 
 log = logging.getLogger("moeyard.constants")
 
-Values = TypeVar("Values", RankConstants, Constants, DiskCost, RoutingSummary)
+Values = TypeVar("Values", RankConstants, Constants, DiskCost, MissCosts, RoutingSummary)
 
 
 class Unusable(ValueError):

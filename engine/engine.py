@@ -40,6 +40,7 @@ from .device_experts import compile_experts
 from .expert_files import ExpertUnreadable
 from .grammar import GrammarCompiler
 from .group import RankGroup, RankLost
+from .host_compute import CpuExpertsFailed
 from .kv_cache import KVCache, Span, StepBatch, make_batch
 from .loader import Blueprint, draw, load
 from .memory import check_weights_fit, free_memory, give_back, kv_blocks
@@ -102,7 +103,8 @@ class Engine:
         self._parallel: Parallel | None = None
         self._offload: Offload | None = None
         self._counts_LE: torch.Tensor | None = None
-        _compile(config, seat, self.device.type == "cpu")
+        # The CPU computes experts beside a GPU that has a part of them only.
+        _compile(config, seat, self.device.type == "cpu" or config.expert_memory is not None)
         baseline = psutil.Process().memory_info().rss
         self._experts = self._load(blueprint, seat)
         if self.device.type == "cpu":
@@ -309,7 +311,7 @@ class Engine:
             logits_BV = self._run(step)
             if self._parallel is not None:
                 self._parallel.settle_reads()
-        except (ExpertUnreadable, ExpertLate, ReadFailed) as error:
+        except (ExpertUnreadable, ExpertLate, CpuExpertsFailed, ReadFailed) as error:
             logger.error("%s; %d requests of this step end with it", error, len(step.tokens))
             return [self._fail(request_id, str(error)) for request_id in step.tokens]
         if self._parallel is not None:

@@ -189,14 +189,14 @@ def _timed(device: torch.device, call: Callable[..., Any], *args: Any) -> int:
 
 
 def _link(samples: Samples) -> LinkCost:
-    return fit_link((nbytes, ns) for nbytes, ns in _undisturbed(samples))
+    return fit_link((nbytes, ns) for nbytes, ns in undisturbed(samples))
 
 
 def _expert_cost(samples: Samples) -> ExpertCost:
-    return fit_experts((experts, rows, ns) for experts, rows, ns in _undisturbed(samples))
+    return fit_experts((experts, rows, ns) for experts, rows, ns in undisturbed(samples))
 
 
-def _undisturbed(samples: Samples) -> Samples:
+def undisturbed(samples: Samples) -> Samples:
     """For each case the time that a quarter of its samples are within. What is measured once counts for a month: a
     moment in which something else ran must not.
     """

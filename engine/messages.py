@@ -332,6 +332,9 @@ class Stats:
     expert_ahead_used_bytes: int = 0
     expert_preloaded: int = 0
     expert_wait_ns: int = 0
+    expert_on_cpu: int = 0
+    expert_copied: int = 0
+    expert_streamed: int = 0
     decode_chosen: int = 0
     decode_passed_over: int = 0
     decode_regrouped: int = 0

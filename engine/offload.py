@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..kernels.expert_loop import expert_loop
 from ..scheduler.placement import slots_needed
 from ..scheduler.residency.policies import LFRU, LFU, LRU, DecayedFrequency, PredictedNow, default_policy
 from ..scheduler.residency.preload import preload_order
@@ -30,9 +29,11 @@ from . import usage
 from .config import EngineConfig, format_size, parse_budget
 from .dispatch import LocalDispatcher, Note
 from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
+from .expert_rows import few_rows, many_rows
 from .experts import ExpertPool, ExpertWeights, pool_in
 from .host_experts import HostExperts, host_budget
 from .measure_disk import disk_constants
+from .miss_ways import STREAM, MissWays, ways_for
 from .predict.base import Predictor, Rows
 from .predict.choose import Chosen, predictors_for
 from .predict.exact import Exact
@@ -41,10 +42,11 @@ from .predict.look_ahead import LookAhead
 from .predict.meter import Meter
 from .predict.shared_forecast import SharedForecast
 from .readers import Priority, Read, Readers
-from .store import ExpertLate, ExpertStore, Visit
+from .store import READ_TIMEOUT_S, ExpertLate, ExpertStore, Outcome, Visit, Want
 from .store_size import StoreSize, choose_size, share_out
 
 if TYPE_CHECKING:
+    from .host_compute import Job
     from .loader import Blueprint
     from .moe import MoELayer
     from .weights import ExpertReader
@@ -82,6 +84,8 @@ class OffloadPlan:
     """How often each expert was used before, None where that is not known."""
     host_bytes: int | None = None
     """Of host memory for experts beside the device's; None where the device is the host."""
+    misses: str = "auto"
+    """What becomes of experts that are there and not on the device."""
     in_place: bool = False
     """Whether experts are read into their places, where they are then as they are in their files."""
 
@@ -112,6 +116,10 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
     if on_cpu and config.host_memory is not None:
         raise ValueError(
             f"host_memory is {config.host_memory}, and on a CPU that is what --expert-memory sets; leave it out"
+        )
+    if on_cpu and config.misses != "auto":
+        raise ValueError(
+            f"misses is {config.misses}, and on a CPU missing experts are read and computed in one place; leave it out"
         )
     own = [spec.num_experts for spec in specs]
     if ranks > 1:
@@ -158,6 +166,7 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         read_ns_per_byte=1e9 / disk.bytes_per_s,
         used_LE=usage.load(fingerprint, len(specs), experts) if ranks == 1 else None,
         host_bytes=host_bytes,
+        misses=config.misses,
         in_place=in_place,
     )
 
@@ -170,6 +179,7 @@ class CheckpointSource:
     def __init__(
         self, files: ExpertFiles, pools: Sequence[ExpertPool], size: StoreSize, host: HostExperts | None = None
     ) -> None:
+        assert host is None or pools[0].memory is None, "what comes from host memory is copied to slots"
         self.host = host
         self._files = files
         self._pools = pools
@@ -249,6 +259,7 @@ class Offload:
         host = None
         if plan.host_bytes is not None:
             host = HostExperts(files, pools, plan.host_bytes, plan.size.readers, own=own, progress=progress)
+        self.ways = None if host is None else ways_for(plan.misses, layers, host, blueprint.model, progress=progress)
         self.source = CheckpointSource(files, pools, plan.size, host)
         self.store = ExpertStore(plan.size, plan.policy(), self.source)
         chosen = plan.predictors
@@ -279,10 +290,10 @@ class Offload:
         self._layers = layers
         self._fingerprint = blueprint.weights.checkpoint.fingerprint
         self._filling = False
-        self.store.heard = self.forecast.heard
+        self.store.heard = self._heard
         self.forecast.idle_layers = lambda: self.store.figures.idle_layers
         for number, layer in enumerate(layers):
-            layer.offloaded = OffloadedLayer(self.store, self.source, self.forecast, layer, number)
+            layer.offloaded = OffloadedLayer(self.store, self.source, self.forecast, layer, number, self.ways)
 
     def announce(self, rows: Sequence[Rows]) -> None:
         """With several ranks: the next step is about to be agreed on, with these sequences' tokens of this rank."""
@@ -296,6 +307,12 @@ class Offload:
         self.forecast.begin_step(rows)
         self.store.fetch_ahead(self.forecast.wants(-1))
 
+    def _heard(self, want: Want, outcome: Outcome) -> None:
+        if self.ways is not None and want.by == STREAM:
+            self.ways.heard(outcome.used)
+        else:
+            self.forecast.heard(want, outcome)
+
     def forget(self) -> None:
         """Empties the store, as after the start: the warm-up is over."""
         if self._look_ahead is not None:
@@ -306,6 +323,8 @@ class Offload:
                 self.forecast.add(self._meter(self._exact))
             self._exact = None
         self.store.forget(self.plan.policy())
+        if self.ways is not None:
+            self.ways.forget()
         if self.plan.used_LE is not None:
             order = preload_order(self.plan.used_LE, self.plan.budget)
             log.info("filling empty slots with %d experts that were used most before, as the disk has time", len(order))
@@ -327,8 +346,10 @@ class Offload:
         usage.add(self._fingerprint, counts_LE)
 
     def close(self) -> None:
-        """Ends reading. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
-        self.store.close()
+        """Ends reading, and what the CPU computes. What is on its way is waited for, within `store.READ_TIMEOUT_S`."""
+        ended = self.ways is None or self.ways.compute.close(READ_TIMEOUT_S)
+        if self.store.close() and ended and self.source.host is not None:
+            self.source.host.close()
 
     def _not_read(self, layer: int) -> Any:
         """[E] which experts of a layer this rank need not read: they are here, or other ranks have them."""
@@ -351,17 +372,24 @@ class Offload:
             "expert_preloaded": figures.preloaded,
             "expert_wait_ns": figures.waited_ns,
             "predictors": self.forecast.figures(),
-        }
+        } | ({} if self.ways is None else self.ways.counts())
 
 
 class OffloadedLayer:
     """A layer whose experts are in the store, MoE layer `number` of it."""
 
     def __init__(
-        self, store: ExpertStore, source: CheckpointSource, forecast: Forecast, layer: MoELayer, number: int
+        self,
+        store: ExpertStore,
+        source: CheckpointSource,
+        forecast: Forecast,
+        layer: MoELayer,
+        number: int,
+        ways: MissWays | None = None,
     ) -> None:
         self._store = store
         self._source = source
+        self._ways = ways
         self.forecast = forecast
         self._layer = layer
         self._number = number
@@ -391,11 +419,15 @@ class OffloadedLayer:
         """Weighted sums [T, D] over the experts of each token; -1 adds nothing. `counts_E` are the experts' rows.
 
         Of several ranks' tokens only what this rank's `experts` add, which have to be there at `deadline` (monotonic).
-        Raises ExpertUnreadable and ExpertLate.
+        Raises ExpertUnreadable, ExpertLate and CpuExpertsFailed.
         """
         layer, counts = self._layer, counts_E.tolist()
         used = [expert for expert, count in enumerate(counts) if count]
-        self._store.ask(self._number, used)
+        choose = None
+        if self._ways is not None:
+            self._ways.begin(self._number, used, counts)
+            choose = self._ways.chooser(self._number, counts)
+        self._store.ask(self._number, used, choose)
         if experts is None:
             self.routed(ids_TK, weights_TK)
         visit = self._store.visit(self._number, used, self.forecast.future())
@@ -403,7 +435,8 @@ class OffloadedLayer:
         if not used:
             return torch.zeros_like(x_TD)
         # Experts are numbered in the order in which they run, so that each group's rows follow each other.
-        starts = [0, *itertools.accumulate(counts[expert] for expert in visit.experts)]
+        order = (*visit.experts, *visit.elsewhere)
+        starts = [0, *itertools.accumulate(counts[expert] for expert in order)]
         if experts is None:
             few = layer.takes_few_rows(ids_TK.numel(), len(counts))
         else:
@@ -413,19 +446,22 @@ class OffloadedLayer:
             from ..kernels.grouped_linear import combine
             from ..kernels.sort_rows import sort_rows_in
 
-            rows = sort_rows_in(visit.experts, ids_TK, len(counts))
+            rows = sort_rows_in(order, ids_TK, len(counts))
             self._compute(visit, starts, few, deadline, x_TD, rows.token_R, y_RD)
-            return combine(y_RD, rows.position_TK, weights_TK)
-        order_E = torch.full(counts_E.shape, -1)
-        order_E[list(visit.experts)] = torch.arange(len(visit.experts))
-        order_E = order_E.to(ids_TK.device)
-        order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
-        local = LocalDispatcher(len(visit.experts))
-        token_R, _, state = local.route(order_TK, weights_TK)
-        if layer.grouped is not None:
-            token_R = token_R.int()
-        self._compute(visit, starts, few, deadline, x_TD, token_R, y_RD)
-        return local.combine(y_RD, state)
+            out_TD = combine(y_RD, rows.position_TK, weights_TK)
+        else:
+            order_E = torch.full(counts_E.shape, -1)
+            order_E[list(order)] = torch.arange(len(order))
+            order_E = order_E.to(ids_TK.device)
+            order_TK = order_E[ids_TK.clamp_min(0)].masked_fill_(ids_TK < 0, -1)
+            local = LocalDispatcher(len(order))
+            token_R, _, state = local.route(order_TK, weights_TK)
+            self._compute(visit, starts, few, deadline, x_TD, token_R, y_RD)
+            out_TD = local.combine(y_RD, state)
+        if self._ways is not None and experts is None:
+            room = self._store.size.staging - 1
+            self._store.stream(self._ways.end(self._number, len(used), room, self._store.has))
+        return out_TD
 
     def _compute(
         self,
@@ -437,69 +473,43 @@ class OffloadedLayer:
         token_R: torch.Tensor,
         y_RD: torch.Tensor,
     ) -> None:
-        """Fills `y_RD` as the experts come; those of `visit.experts[i]` are the rows starts[i] to starts[i + 1]."""
-        done = 0
+        """Fills `y_RD` as the experts come; those of `visit.experts[i]` are the rows starts[i] to starts[i + 1], and
+        those computed elsewhere follow.
+        """
+        layer, done = self._layer, 0
+        job = self._begin_elsewhere(visit, starts, few, x_TD, token_R) if visit.elsewhere else None
         for places in visit:
             rows = starts[done : done + len(places) + 1]
             low, high = rows[0], rows[-1]
-            y_RD[low:high] = self._group(few, x_TD, token_R[low:high], [row - low for row in rows], places)
+            inner = [row - low for row in rows]
+            if layer.grouped is not None:
+                assert layer.pool.memory is None, "a device's places are slots"
+                y_RD[low:high] = layer.grouped.listed(x_TD, token_R[low:high].int(), inner, places)
+            else:
+                rows_of = few_rows if few else many_rows
+                weights = [self._source.weights(place) for place in places]
+                y_RD[low:high] = rows_of(layer, x_TD, token_R[low:high], inner, weights)
             done += len(places)
             if done < len(visit.experts) and time.monotonic() > deadline:
                 raise ExpertLate(
                     f"{len(visit.experts) - done} experts of MoE layer {self._number} were not read in the time for"
                     " which the other ranks wait; raise --collective-timeout, or --expert-memory"
                 )
+        if job is not None:
+            y_RD[starts[done] :].copy_(job.wait(self._store.timeout_s), non_blocking=True)
 
-    def _group(
-        self, few: bool, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], places: Sequence[int]
-    ) -> torch.Tensor:
-        """The rows of experts that are there."""
-        if self._layer.grouped is not None:
-            assert self._layer.pool.memory is None, "a device's places are slots"
-            return self._layer.grouped.listed(x_TD, token_R, starts, places)
-        rows_of = self._few_rows if few else self._many_rows
-        return rows_of(x_TD, token_R, starts, [self._source.weights(place) for place in places])
-
-    def _few_rows(
-        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], weights: Sequence[ExpertWeights]
-    ) -> torch.Tensor:
-        from ..kernels.grouped_linear import grouped_gate_up_silu, grouped_linear
-
-        down_GDI, up_bias_GN, down_bias_GD = _of_each(weights)
-        starts_G = torch.tensor(starts, dtype=torch.int32)
-        if self._layer.swiglu:
-            h_RI = grouped_gate_up_silu(x_TD, [w.up_PND for w in weights], starts_G, None, token_R)
-        else:
-            up_PGND = _blocks(weights)
-            parts = [grouped_linear(x_TD, up_GND, starts_G, None, up_bias_GN, token_R) for up_GND in up_PGND]
-            h_RN = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-            # Expert by expert: torch computes the last elements of a tensor in another way than the first, and what
-            # is last must not depend on who came together.
-            h_RI = torch.cat([self._layer.gate(h_RN[low:high]) for low, high in itertools.pairwise(starts)])
-        return grouped_linear(h_RI, down_GDI, starts_G, None, down_bias_GD)
-
-    def _many_rows(
-        self, x_TD: torch.Tensor, token_R: torch.Tensor, starts: Sequence[int], weights: Sequence[ExpertWeights]
-    ) -> torch.Tensor:
-        down_GDI, *biases = _of_each(weights)
-        counts_G = torch.tensor([high - low for low, high in itertools.pairwise(starts)])
-        up_GPND = [w.up_PND for w in weights]
-        return expert_loop(x_TD, token_R, counts_G, up_GPND, down_GDI, self._layer.gate, *biases)
-
-
-_Tensors = list[torch.Tensor]
-
-
-def _blocks(weights: Sequence[ExpertWeights]) -> list[_Tensors]:
-    """Of several experts the first products' weights, in as many blocks of rows as that of them which has most."""
-    if all(len(w.up_PND) == 1 for w in weights):
-        return [[w.up_PND[0] for w in weights]]
-    halves = [w.up_PND if len(w.up_PND) == 2 else w.up_PND[0].chunk(2) for w in weights]
-    return [[half[0] for half in halves], [half[1] for half in halves]]
-
-
-def _of_each(weights: Sequence[ExpertWeights]) -> tuple[_Tensors, _Tensors | None, _Tensors | None]:
-    """Of several experts the second products' weights, and the biases if there are any."""
-    up_bias_GN = [w.up_bias_N for w in weights if w.up_bias_N is not None]
-    down_bias_GD = [w.down_bias_D for w in weights if w.down_bias_D is not None]
-    return [w.down_DI for w in weights], up_bias_GN or None, down_bias_GD or None
+    def _begin_elsewhere(
+        self, visit: Visit, starts: Sequence[int], few: bool, x_TD: torch.Tensor, token_R: torch.Tensor
+    ) -> Job:
+        """Gives the CPU what it is to compute beside the device."""
+        assert self._ways is not None
+        rows = starts[len(visit.experts) :]
+        return self._ways.compute.start(
+            self._number,
+            visit.elsewhere,
+            self._ways.slots(self._number, visit.elsewhere),
+            [row - rows[0] for row in rows],
+            x_TD,
+            token_R[rows[0] : rows[-1]],
+            few if self._layer.compiled else None,
+        )

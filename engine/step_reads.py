@@ -13,6 +13,7 @@ import torch
 
 from .expert_files import ExpertUnreadable
 from .group import RankGroup
+from .host_compute import CpuExpertsFailed
 from .store import ExpertLate
 
 
@@ -43,7 +44,7 @@ class StepReads:
         if self._error is None:
             try:
                 return compute(self._deadline)
-            except (ExpertUnreadable, ExpertLate) as error:
+            except (ExpertUnreadable, ExpertLate, CpuExpertsFailed) as error:
                 self._error = str(error)
         return torch.zeros_like(x_RD)
 

@@ -129,13 +129,19 @@ class _Held:
     want: Want | None = None
 
 
+Choose = Callable[[Sequence[int], Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+"""Of a layer's experts those that are here, those on their way, and those that are missing: which of the last are read,
+in this order, and which are computed elsewhere."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Asked:
-    """What a router has asked for last: `known` were here or on their way, `waiting` have no place yet."""
+    """What a router has asked for last, in the order in which it comes: `waiting` have no place yet."""
 
     layer: int
     need: list[int]
-    known: list[int]
+    order: list[int]
+    elsewhere: Sequence[int]
     waiting: deque[Place]
 
 
@@ -143,11 +149,12 @@ class Visit:
     """A layer's experts in the order in which they run: `experts`, and groups of their places as they become ready.
 
     Each group goes on in `experts` where the last one ended. Its places are the caller's until the next group is asked
-    for.
+    for. `elsewhere` are not among them: the caller said that they are computed somewhere else.
     """
 
-    def __init__(self, experts: Sequence[int], groups: Iterator[list[int]]) -> None:
+    def __init__(self, experts: Sequence[int], groups: Iterator[list[int]], elsewhere: Sequence[int] = ()) -> None:
         self.experts = experts
+        self.elsewhere = elsewhere
         self._groups = groups
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -188,6 +195,10 @@ class ExpertStore:
         self._in_use: list[_Held] = []
         """Of the layer that runs."""
         self._asked: _Asked | None = None
+        self._later: dict[Place, None] = {}
+        """Who has a slot and was computed elsewhere, in order: they are read when no layer waits for reads."""
+        self._behind: list[_Held] = []
+        """Those of them whose reads have begun, as many as pass through at once."""
         self._leaving: list[_Held] = []
         """Nobody wants them any more, but their reads may still write to their places."""
         self._free = list(reversed(range(size.places)))
@@ -201,6 +212,10 @@ class ExpertStore:
         """[E] whom the policy gives a slot: a view, for reading."""
         return self._policy.residents_of(layer)
 
+    def has(self, layer: int, expert: int) -> bool:
+        """Whether an expert has a place: it is there, or on its way."""
+        return (layer, expert) in self._held
+
     def begin_step(self) -> None:
         """A step of the engine: to the policy, all layers until the next one are of the same time."""
         self.step += 1
@@ -211,6 +226,8 @@ class ExpertStore:
         for held in list(self._held.values()):
             self._drop(held)
         self._in_use.clear()
+        self._later.clear()
+        self._behind.clear()
         self._order.clear()
         while self._leaving:
             self._wait_for_a_place()
@@ -218,11 +235,15 @@ class ExpertStore:
         self._free.sort(reverse=True)
         self._stays.clear()
 
-    def ask(self, layer: int, experts: Iterable[int]) -> None:
+    def ask(self, layer: int, experts: Iterable[int], choose: Choose | None = None) -> None:
         """The router of a layer has chosen these experts: reads begin, for as many as there is room for now. `visit`
         follows, with the same; what is worked out in between costs no time while the disk is at work.
+
+        With `choose` some of the missing ones are not waited for; those of them that the policy gives a slot are read
+        when the layer has all others.
         """
         self._break_off()
+        self._settle_behind()
         self._wanted.clear()
         need = sorted(set(experts))
         self.figures.idle_layers += len(self._ahead) < self.size.ahead and not any(map(_under_way, self._ahead))
@@ -238,12 +259,21 @@ class ExpertStore:
                 self._claim(held)
         known = [expert for expert in need if (layer, expert) in self._held]
         self._in_use += [self._held[layer, expert] for expert in known]
-        waiting = deque((layer, expert) for expert in need if expert not in known)
+        for held in [held for held in self._behind if held in self._in_use]:
+            assert held.read is not None
+            self._behind.remove(held)
+            self._source.promote(held.read, Priority.DEMAND)
+        missing: Sequence[int] = [expert for expert in need if expert not in known]
+        elsewhere: Sequence[int] = ()
+        if choose is not None:
+            here = [expert for expert in known if self._held[layer, expert].read is None]
+            missing, elsewhere = choose(here, [expert for expert in known if expert not in here], missing)
+        waiting = deque((layer, expert) for expert in missing)
         if waiting or any(map(_under_way, self._in_use)):
             for want, delay in delays:
                 if delay and want is not None and not (want.layer == layer and want.expert in need):
                     self.heard(want, Outcome(delay=delay))
-        self._asked = _Asked(layer=layer, need=need, known=known, waiting=waiting)
+        self._asked = _Asked(layer=layer, need=need, order=[*known, *missing], elsewhere=elsewhere, waiting=waiting)
         self._start(waiting)
 
     def visit(self, layer: int, experts: Iterable[int], scores_LE: Any = None) -> Visit:
@@ -255,7 +285,7 @@ class ExpertStore:
         if self._asked is None or (self._asked.layer, self._asked.need) != (layer, need):
             self.ask(layer, need)
         assert self._asked is not None
-        known, waiting, self._asked = self._asked.known, self._asked.waiting, None
+        asked, self._asked = self._asked, None
         decision = self._policy.step(layer, need, Context(step=self.step, scores_LE=scores_LE))
         self._stays.difference_update(decision.evicted)
         for at in decision.evicted:
@@ -266,15 +296,17 @@ class ExpertStore:
         for at in decision.admitted:
             if (held := self._held.get(at)) is not None and held.read is None:
                 self._settle(at)
+        self._later |= {(layer, expert): None for expert in asked.elsewhere if (layer, expert) in self._stays}
         while self._early and len(self._stays) + len(self._early) > self.size.slots:
             self._drop(self._early[-1])
-        self._start(waiting)
-        here = [e for e in need if (held := self._held.get((layer, e))) is not None and held.read is None]
-        gone = [expert for expert in need if expert not in here]
-        gone.sort(key=lambda e: (e not in known, e))  # as they are read
-        self.figures.hits += len(decision.hits)
-        self.figures.misses += len(decision.misses)
-        return Visit((*here, *gone), self._groups(layer, here, gone, waiting))
+        self._start(asked.waiting)
+        reading = [expert for expert in need if expert not in asked.elsewhere]
+        here = [e for e in reading if (held := self._held.get((layer, e))) is not None and held.read is None]
+        gone = [expert for expert in asked.order if expert not in here]
+        hits = len(set(decision.hits) & set(here))  # who was computed elsewhere may have a slot and not be there yet
+        self.figures.hits += hits
+        self.figures.misses += len(need) - hits
+        return Visit((*here, *gone), self._groups(layer, here, gone, asked.waiting), asked.elsewhere)
 
     def fetch_ahead(self, wants: Iterable[Want]) -> None:
         """Reads experts before a router asks for them, those given first before the others, as many as there is room
@@ -305,6 +337,17 @@ class ExpertStore:
                 self._ahead.append(self._read(at, want))
             else:
                 self._wanted.append(want)
+        self._account()
+
+    def stream(self, wants: Iterable[Want]) -> None:
+        """Begins to read these too, which no predictor named, as many as pass through at once, less one."""
+        for want in wants:
+            if len(self._free) < 2:
+                self._reclaim()
+            if len(self._free) < 2 or len(self._ahead) >= self.size.staging - 1:
+                break
+            if (want.layer, want.expert) not in self._held:
+                self._ahead.append(self._read((want.layer, want.expert), want))
         self._account()
 
     def preload(self, order: Iterable[Place]) -> None:
@@ -364,6 +407,7 @@ class ExpertStore:
             yield [held.place for held in group]
             self._release(group)
             self._start(waiting)
+        self._read_behind()
 
     def _start(self, waiting: deque[Place]) -> None:
         """Begins reads that a layer waits for, as many as there are places."""
@@ -383,9 +427,31 @@ class ExpertStore:
                 self._ahead.append(self._read((want.layer, want.expert), want))
         self._account()
 
-    def _read(self, at: Place, want: Want | None = None) -> _Held:
+    def _read_behind(self) -> None:
+        """Begins to read those that were computed elsewhere and stay."""
+        while self._later and self._free and len(self._behind) < self.size.staging:
+            at = next(iter(self._later))
+            del self._later[at]
+            if at in self._stays and at not in self._held:
+                self._behind.append(self._read(at, priority=Priority.BACKGROUND))
+        self._account()
+
+    def _settle_behind(self) -> None:
+        """What became of those that were read behind the layers."""
+        self._behind = [held for held in self._behind if self._held.get(held.at) is held]
+        for held in list(self._behind):
+            assert held.read is not None
+            if held.read.done():
+                self._behind.remove(held)
+                if _fine(held):
+                    self._arrived(held)
+                else:
+                    self._drop(held)
+
+    def _read(self, at: Place, want: Want | None = None, priority: Priority = Priority.DEMAND) -> _Held:
         place = self._free.pop()
-        priority = Priority.DEMAND if want is None else want.priority
+        if want is not None:
+            priority = want.priority
         held = self._held[at] = _Held(at=at, place=place, read=self._source.fetch(*at, place, priority), want=want)
         return held
 

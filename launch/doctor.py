@@ -136,7 +136,12 @@ def known_constants() -> list[dict[str, Any]]:
     from ..engine.constants import cpu_name, find
     from .profile import facts, heading
 
-    found = [record for kind in ("rank", "group", "disk") for record in find(kind, cpu=cpu_name()) if not record.stale]
+    found = [
+        record
+        for kind in ("rank", "misses", "group", "disk")
+        for record in find(kind, cpu=cpu_name())
+        if not record.stale
+    ]
     return [
         {
             "title": heading(record),

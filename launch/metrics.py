@@ -41,6 +41,17 @@ _COUNTERS = (
     ("expert_ahead_ready", "moe_expert_ahead_ready", "Missing experts that had been read by then."),
     ("expert_ahead_bytes", "moe_expert_bytes_ahead", "Bytes of experts read ahead of the router's choice."),
     ("expert_ahead_used_bytes", "moe_expert_bytes_ahead_used", "Those of experts that the router then chose."),
+    ("expert_on_cpu", "moe_expert_on_cpu", "Missing experts that the CPU computed beside the device."),
+    (
+        "expert_copied",
+        "moe_expert_copied",
+        "Missing experts that were copied to the device when the router chose them.",
+    ),
+    (
+        "expert_streamed",
+        "moe_expert_streamed",
+        "Those that were copied before, with the rest of their layer, and used.",
+    ),
     (
         "expert_preloaded",
         "moe_expert_preloaded",

@@ -19,16 +19,23 @@ from tqdm import tqdm
 from ..engine.config import EngineConfig, format_size
 from ..kernels.environment import ENVIRONMENT
 from ..scheduler.cost import FREE, Constants, ExpertCost, LinkCost, RankConstants
+from ..scheduler.misses import MissCosts, choose_ways
 from ..scheduler.offload_cost import DiskCost
 
 if TYPE_CHECKING:
     from ..engine.constants import Record
     from ..engine.expert_files import ExpertFiles
     from ..engine.loader import Blueprint
+    from ..engine.moe import MoELayer
     from ..engine.weights import ExpertReader
 
 POOL_BYTES = 2**28
 """Experts that are loaded for one rank's measurement, at least: more than caches hold."""
+
+CLOSE_S = 60.0
+"""How long the CPU may take to end what it computes."""
+MOST_MISSES = 8
+"""Of a layer, in the table that is shown."""
 
 NOT_MEASURED = "not measured yet: moeyard profile"
 
@@ -59,8 +66,8 @@ def run(config: EngineConfig, args: argparse.Namespace) -> int:
 # Measuring
 
 
-def _measure_here(config: EngineConfig, blueprint: Blueprint, force: bool) -> list[Record[RankConstants]]:
-    """One rank's constants, of each shape of experts that the model has."""
+def _measure_here(config: EngineConfig, blueprint: Blueprint, force: bool) -> list[Record[Any]]:
+    """One rank's constants, of each shape of experts that the model has; on a GPU those of missing experts too."""
     import torch
 
     from ..engine.experts import ExpertPool, load_experts
@@ -73,7 +80,7 @@ def _measure_here(config: EngineConfig, blueprint: Blueprint, force: bool) -> li
         from ..kernels.warm_up import warm_up
 
         warm_up()
-    records = []
+    records: list[Record[Any]] = []
     with torch.inference_mode():
         for reader in _shapes(blueprint):
             count = max(TRIAL_EXPERTS, -(-POOL_BYTES // reader.nbytes))
@@ -85,7 +92,32 @@ def _measure_here(config: EngineConfig, blueprint: Blueprint, force: bool) -> li
                 pass
             layer = MoELayer(blueprint.model.get_submodule(reader.spec.module), pool)
             records.append(rank_constants(layer, force=force, progress=config.progress))
+            if blueprint.device.type == "cuda":
+                records.append(_measure_misses(config, blueprint, layer, force))
     return records
+
+
+def _measure_misses(config: EngineConfig, blueprint: Blueprint, layer: MoELayer, force: bool) -> Record[MissCosts]:
+    """With the layer's experts in host memory too."""
+    from ..engine.experts import load_experts
+    from ..engine.host_compute import HostCompute
+    from ..engine.host_experts import HostPool
+    from ..engine.measure import few_rows_of
+    from ..engine.measure_misses import miss_constants
+    from ..engine.moe import MoELayer
+    from ..kernels.warm_up import warm_up
+
+    warm_up()
+    pool = HostPool(layer.pool.reader, layer.pool.num_slots, blueprint.device)
+    for _ in load_experts(pool, range(pool.num_slots)):
+        pass
+    on_cpu = MoELayer(blueprint.model.get_submodule(pool.spec.module), pool)
+    compute = HostCompute([on_cpu], pool, few_rows_of(on_cpu, config.progress))
+    try:
+        return miss_constants(layer, pool, compute, pool.num_slots, force=force, progress=config.progress)
+    finally:
+        if compute.close(CLOSE_S):
+            pool.close()
 
 
 def _measure_disk(config: EngineConfig, blueprint: Blueprint, force: bool) -> Record[DiskCost]:
@@ -146,6 +178,7 @@ def known(config: EngineConfig, blueprint: Blueprint) -> list[list[Record[Any]]]
         records = constants.find("rank", **key)[:1]
         if (config.ep or 1) > 1:
             records += constants.find("group", **group_key)[:1]
+        records += constants.find("misses", **key)[:1]
         found.append(records)
     return found
 
@@ -221,7 +254,10 @@ def heading(record: Record[Any]) -> str:
     ranks = f", {key['ranks']} ranks on {_machines(key)}" if "ranks" in key else ""
     where = key["cpu"] if key["device"] == "cpu" else key["device"]
     threads = f"{key['threads']} thread{'s' if key['threads'] > 1 else ''}"
-    experts = f"{key['experts']} experts of {key['hidden']} x {key['width']} in {key['dtype']}, top-{key['top_k']}"
+    what = "missing experts: " if isinstance(record.values, MissCosts) else ""
+    experts = (
+        f"{what}{key['experts']} experts of {key['hidden']} x {key['width']} in {key['dtype']}, top-{key['top_k']}"
+    )
     return f"{experts}, on {where} with {threads}{ranks}, measured {record.date:%Y-%m-%d}{stale}"
 
 
@@ -232,12 +268,23 @@ def _machines(key: Mapping[str, Any]) -> str:
 
 def facts(record: Record[Any]) -> Iterator[tuple[str, str]]:
     """(name, value) of each constant, for people."""
-    values: RankConstants | Constants | DiskCost = record.values
+    values: RankConstants | Constants | DiskCost | MissCosts = record.values
     if isinstance(values, DiskCost):
         several = f"{values.best} read{'s' if values.best > 1 else ''} in flight"
         each = f"{_microseconds(values.time_ns(1, values.best))} each with {several}"
         yield "experts", f"{each}, {values.bytes_per_s / 1e9:.3g} GB/s"
         yield "whole files", f"{1e6 / values.sequential_fs_per_byte:.3g} GB/s"
+        return
+    if isinstance(values, MissCosts):
+        each = (
+            f"{_microseconds(values.copy.time_ns(values.expert_bytes))} each, {_microseconds(values.copy_ns)} one more"
+        )
+        yield "copies", f"{each}, {'' if record.key['pinned'] else 'not '}pinned"
+        yield "on the device", _expert_text(values.device)
+        yield "on the CPU", _expert_text(values.host)
+        yield "both at once", f"{_microseconds(values.both_ns)} each"
+        shares = [len(choose_ways(values, [1] * misses).on_cpu) for misses in range(1, MOST_MISSES + 1)]
+        yield "of 1, 2, ... misses", f"the CPU computes {', '.join(map(str, shares))} (of one token)"
         return
     if isinstance(values, RankConstants):
         yield "experts", _expert_text(values.experts)
@@ -274,7 +321,7 @@ def lines(config: EngineConfig, blueprint: Blueprint, disk: Record[DiskCost] | N
     for records in known(config, blueprint):
         for record in records:
             show(record)
-        if len(records) < (1 if (config.ep or 1) == 1 else 2):
+        if sum(not isinstance(record.values, MissCosts) for record in records) < (1 if (config.ep or 1) == 1 else 2):
             several = f" --ep {config.ep}" if (config.ep or 1) > 1 else ""
             rows.append(f"  {'constants':<20}{NOT_MEASURED}{several}")
     if blueprint.spec.experts:

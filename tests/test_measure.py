@@ -104,7 +104,7 @@ def test_a_part_of_a_layer_computes_as_the_layer_does(layer):
 
 def test_moments_in_which_something_else_ran_do_not_count():
     quiet, busy = [[8, n] for n in (100, 101, 102)], [[8, 5000]] * 6
-    assert measure._undisturbed([*busy, *quiet, [9, 7], [9, 6]]) == [[8, 102], [9, 6]]
+    assert measure.undisturbed([*busy, *quiet, [9, 7], [9, 6]]) == [[8, 102], [9, 6]]
 
 
 def test_cases_that_would_take_too_long_are_left_out(layer, monkeypatch):
