@@ -36,6 +36,7 @@ from .balance import warm_up as planner_warm_up
 from .config import EngineConfig, format_size
 from .cpu_linear import use_small_row_kernels
 from .decode_batching import ExpertAware, decode_figures, picker_for
+from .device_experts import compile_experts
 from .expert_files import ExpertUnreadable
 from .grammar import GrammarCompiler
 from .group import RankGroup, RankLost
@@ -111,6 +112,9 @@ class Engine:
             with torch.inference_mode():
                 calibrate(self._experts.layers, progress=config.progress and (seat is None or seat.local_rank == 0))
             give_back()  # what loading and measuring took for a moment
+        else:
+            with torch.inference_mode():
+                compile_experts(self._experts.layers, config.max_batched_tokens)
         self._name = f"moeyard_{next(_NUMBERS)}"
         activations = self._warm_up(blueprint.dtype)
         if self._parallel is not None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..kernels.expert_loop import expert_loop
 from ..kernels.grouped_mm import grouped_mm
+from .device_experts import device_experts
 from .dispatch import LocalDispatcher
 from .experts import ExpertPool
 from .guests import Cutter
@@ -48,6 +49,8 @@ class MoELayer:
         self.cutter = Cutter(pool, gate)
         self._few_rows = _few_rows_function(pool, self.gate)
         self._compiled = self._few_rows is not None
+        self.grouped, self.why_not_grouped = device_experts(pool, gate)
+        """The Triton kernels, or on a GPU the reason why they do not run this layer's experts."""
         self.swiglu = self._compiled and _plain_swiglu(pool, gate)
         # Mean rows per expert up to which the compiled kernels run; `calibrate` measures it.
         self.few_rows = ROW_COUNTS[0]
@@ -114,6 +117,8 @@ class MoELayer:
         """
         if not x_RD.shape[0]:
             return x_RD.new_empty(0, x_RD.shape[1]), self.counts_E.new_zeros(self.pool.num_slots)
+        if self.grouped is not None:
+            return self.grouped(x_RD, slots_RK, weights_RK)
         pairs = slots_RK.numel() if pairs is None else pairs
         if self.takes_few_rows(pairs, self.pool.num_slots):
             return self._few_rows(x_RD, slots_RK, weights_RK)
@@ -164,6 +169,7 @@ class MoELayer:
         """The pool has other tensors now: what was bound to the old ones is made again."""
         self.local = LocalDispatcher(self.pool.num_slots)
         self._few_rows = _few_rows_function(self.pool, self.gate)
+        self.grouped, self.why_not_grouped = device_experts(self.pool, self.gate)
 
     def measure_few_rows(self) -> int:
         """The largest of `ROW_COUNTS` at which the compiled kernels are the faster way here, 0 if at none.

@@ -481,9 +481,14 @@ class OffloadedLayer:
         for places in visit:
             rows = starts[done : done + len(places) + 1]
             low, high = rows[0], rows[-1]
-            rows_of = few_rows if few else many_rows
-            weights = [self._source.weights(place) for place in places]
-            y_RD[low:high] = rows_of(layer, x_TD, token_R[low:high], [row - low for row in rows], weights)
+            inner = [row - low for row in rows]
+            if layer.grouped is not None:
+                assert layer.pool.memory is None, "a device's places are slots"
+                y_RD[low:high] = layer.grouped.listed(x_TD, token_R[low:high].int(), inner, places)
+            else:
+                rows_of = few_rows if few else many_rows
+                weights = [self._source.weights(place) for place in places]
+                y_RD[low:high] = rows_of(layer, x_TD, token_R[low:high], inner, weights)
             done += len(places)
             if done < len(visit.experts) and time.monotonic() > deadline:
                 raise ExpertLate(

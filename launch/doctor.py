@@ -45,14 +45,15 @@ class Library:
 
 
 def libraries(package: str = "moeyard") -> list[Library]:
-    """The requirements that `package` declares, against what is installed; without those of the tests."""
+    """The requirements that `package` declares here, against what is installed; without those of the tests."""
     from packaging.requirements import Requirement
 
     found = []
     for line in importlib.metadata.requires(package) or []:
         requirement = Requirement(line)
         extra = _extra_of(requirement)
-        if extra == "test" or requirement.name == package:
+        elsewhere = not extra and requirement.marker is not None and not requirement.marker.evaluate()
+        if extra == "test" or requirement.name == package or elsewhere:
             continue
         found.append(_check(requirement.name, str(requirement.specifier), extra))
     return found

@@ -53,6 +53,7 @@ def test_text(quick, capsys):
 
 def test_versions_are_checked_against_the_declared_ranges(monkeypatch):
     declared = ["torch>=1", "numpy<1", "nonesuch>=2", "uvicorn>=999; extra == 'serve'", "pytest>=8; extra == 'test'"]
+    declared += ["elsewhere>=1; sys_platform == 'plan9'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: declared)
     found = {lib.name: lib for lib in libraries()}
     assert set(found) == {"torch", "numpy", "nonesuch", "uvicorn"}

@@ -23,14 +23,15 @@ from test_offload import MANY
 from test_parity import generate, prompts, reference
 from test_ranks import check_tokens, run_ranks, shared_out
 
-from moeyard.engine import constants
+from moeyard.engine import constants, device_experts
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.experts import ExpertPool
 from moeyard.engine.host_compute import HostCompute
 from moeyard.engine.host_experts import HostPool
-from moeyard.engine.loader import draw
+from moeyard.engine.loader import draw, load
 from moeyard.engine.moe import MoELayer
+from moeyard.kernels.activation import Activation
 from moeyard.scheduler import placement
 from moeyard.scheduler.step_plan import StepPlan
 
@@ -252,3 +253,102 @@ def test_dispatchers_of_two_ranks_over_nccl_give_the_specifications_result():
 def test_two_engines_over_nccl_while_their_experts_move(tmp_path, options):
     path = tiny.save("qwen3_moe", tmp_path / "model")
     check_engines(2, "cuda", path, {**options, "move_bytes": "1B"}, True)
+
+
+def experts_case(dtype, tokens, activation, seed=0):
+    """Experts of odd sizes on the device, and their routing with ids of -1."""
+    generator = torch.Generator().manual_seed(seed)
+    experts, hidden, width, top_k = 11, 200, 72, 3
+    rows = 2 * width if activation.gated else width
+    shapes = ((tokens, hidden), (experts, rows, hidden), (experts, hidden, width), (experts, rows), (experts, hidden))
+    x, up, down, up_bias, down_bias = (torch.randn(*s, generator=generator) for s in shapes)
+    up, down = up / hidden**0.5, down / width**0.5
+    ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+    ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
+    weights = torch.rand(tokens, top_k, generator=generator)
+    tensors = [t.to(dtype).cuda() for t in (x, up, down, up_bias, down_bias)]
+    return tensors, ids.cuda(), weights.cuda()
+
+
+def by_rows(tensors, ids, weights, activation):
+    """The same in float64, expert by expert."""
+    x, up, down, up_bias, down_bias = (t.double() for t in tensors)
+    out = torch.zeros_like(x)
+    for e in range(up.shape[0]):
+        y = activation(x @ up[e].T + up_bias[e]) @ down[e].T + down_bias[e]
+        out += torch.where(ids == e, weights.double(), 0).sum(1, keepdim=True) * y
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 40, 150, 1000])
+def test_triton_experts_equal_a_loop_in_float64(dtype, tokens):
+    """Pairs, one launch's sort and PyTorch's, and every height of tiles, deterministic ones too."""
+    grouped = pytest.importorskip("moeyard.kernels.grouped_experts")
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+    for activation in (Activation(), Activation(alpha=1.702, limit=7.0, shift=1.0, interleaved=True)):
+        tensors, ids, weights = experts_case(dtype, tokens, activation)
+        x, up, down, up_bias, down_bias = tensors
+        right = by_rows(tensors, ids, weights, activation)
+        for deterministic in (False, True):
+            out, counts = grouped.grouped_experts(
+                x, ids, weights, up, down, activation, up_bias_SN=up_bias, down_bias_SD=down_bias,
+                deterministic=deterministic,
+            )  # fmt: skip
+            torch.testing.assert_close(out.double(), right, rtol=tolerance, atol=tolerance)
+            assert torch.equal(counts.cpu(), torch.bincount(ids[ids >= 0].cpu(), minlength=11))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_rows_do_not_depend_on_the_others(dtype):
+    grouped = pytest.importorskip("moeyard.kernels.grouped_experts")
+    (x, up, down, *_), ids, weights = experts_case(dtype, 700, Activation())
+    together, _ = grouped.grouped_experts(x, ids, weights, up, down, Activation(), deterministic=True)
+    for rows in ([3], [5, 699, 3], list(range(350)), list(range(699, -1, -1))):
+        out, _ = grouped.grouped_experts(x[rows], ids[rows], weights[rows], up, down, Activation(), deterministic=True)
+        assert torch.equal(out, together[rows])
+
+
+@pytest.mark.parametrize("tokens", [2, 40, 600])
+def test_triton_experts_wait_for_nothing_and_fit_into_a_graph(tokens):
+    grouped = pytest.importorskip("moeyard.kernels.grouped_experts")
+    (x, up, down, *_), ids, weights = experts_case(torch.bfloat16, tokens, Activation())
+    first, _ = grouped.grouped_experts(x, ids, weights, up, down, Activation())
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grouped.grouped_experts(x, ids, weights, up, down, Activation())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, counts = grouped.grouped_experts(x, ids, weights, up, down, Activation())
+    graph.replay()
+    assert torch.equal(out, first)
+    (x_new, *_), ids_new, weights_new = experts_case(torch.bfloat16, tokens, Activation(), seed=1)
+    for old, new in ((x, x_new), (ids, ids_new), (weights, weights_new)):
+        old.copy_(new)
+    graph.replay()
+    right, right_counts = grouped.grouped_experts(x_new, ids_new, weights_new, up, down, Activation())
+    assert torch.equal(out, right) and torch.equal(counts, right_counts)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_layers_run_on_the_triton_kernels_and_can_do_without(architecture, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    path = tiny.save(architecture, tmp_path / architecture)
+    blueprint = draw(EngineConfig(model=str(path), dtype="float32", device="cuda"), path)
+    (layer, *_) = load(blueprint, progress=False).layers
+    assert layer.grouped is not None and layer.why_not_grouped == ""
+    spec = layer.pool.spec
+    for tokens in (1, 30):
+        x = torch.randn(tokens, layer.pool.down_SDI.shape[1], device="cuda")
+        ids = torch.rand(tokens, spec.num_experts, device="cuda").topk(spec.top_k).indices
+        weights = torch.rand(tokens, spec.top_k, device="cuda")
+        out, counts = layer.run_local(x, ids, weights)
+        plain, plain_counts = layer._many_rows(x, ids, weights)
+        torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4)
+        assert torch.equal(counts, plain_counts)
+    monkeypatch.setattr(device_experts, "why_no_triton", lambda: "triton is away")
+    layer.resized()
+    assert layer.grouped is None and layer.why_not_grouped == "triton is away"
