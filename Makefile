@@ -22,6 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	test "$$(uname)" != Linux || $(BIN)/python -m pip install -c constraints.txt --no-deps --upgrade --target $(VENV)/triton triton
 	mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/moeyard # where mypy finds the package by its name
 	touch $@
 

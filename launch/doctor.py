@@ -26,6 +26,7 @@ COSTS = {
     "ray": "`--launcher ray` is refused",
     "httpx": "`moeyard bench serve` does not run",
     "openai": "the demo and the client examples do not run",
+    "triton": "on a GPU experts run on PyTorch's grouped products",
     "accelerate": "`moeyard bench offload` has no transformers to compare with",
 }
 MOST_CONSTANTS = 4

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on a CPU. `test_grouped_experts` runs this file in a process of its own:
+"""The Triton kernels in Triton's interpreter, on a CPU. `test_triton` runs this file in a process of its own:
 the interpreter has to be chosen before the kernels are imported.
 
 The interpreter is slow, so that everything here is tiny, and no size is a multiple of another.

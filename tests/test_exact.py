@@ -91,9 +91,9 @@ def test_of_layers_that_are_known_all_that_there_is_room_for_is_read_ahead(tmp_p
     store, visits, before = engine._offload.store, [], []
     ask, visit = store.ask, store.visit
 
-    def asked(layer, experts):
+    def asked(layer, experts, choose=None):
         before[:] = store.figures.misses, store.figures.ahead
-        ask(layer, experts)
+        ask(layer, experts, choose)
 
     def seen(layer, experts, scores_LE=None):
         found = visit(layer, experts, scores_LE)

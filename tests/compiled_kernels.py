@@ -1,6 +1,7 @@
-"""The Triton kernels compile for each kind of GPU, fit it, and use its tensor cores."""
+"""The Triton kernels compile for each kind of GPU, fit it, and use its tensor cores. `test_triton` runs this file."""
 
 import pytest
+import torch
 from compiled import ARCHITECTURES, compile_for, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "the compiler is there")
@@ -125,3 +126,12 @@ def test_the_kernels_without_a_product(architecture):
     for facts in others(architecture):
         print(facts)
         assert facts.spilled == 0 and facts.shared <= 49_152, facts
+
+
+def test_they_refuse_the_cpu():
+    from moeyard.kernels.activation import Activation
+    from moeyard.kernels.grouped_experts import grouped_experts
+
+    x, ids = torch.zeros(1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="x_TD: Triton runs on CUDA devices, not on cpu"):
+        grouped_experts(x, ids, ids.float(), torch.zeros(1, 8, 4), torch.zeros(1, 4, 4), Activation())
