@@ -5,7 +5,7 @@
 PYTHON ?= python3
 ARGS ?=
 # Test files that run at the same time: most wait for processes to start.
-JOBS ?= 2
+JOBS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -26,24 +26,27 @@ def few_rows(
     token_R: torch.Tensor,
     starts: Sequence[int],
     weights: Sequence[ExpertWeights],
-) -> torch.Tensor:
-    """Rows [R, D] by the compiled kernels, for few rows per expert: starts[i] to starts[i + 1] are of the expert
+    out_RD: torch.Tensor,
+) -> None:
+    """Writes rows [R, D] by the compiled kernels, for few rows per expert: starts[i] to starts[i + 1] are of the expert
     weights[i], in host memory. `layer` says what its experts compute; it has compiled kernels.
     """
-    from ..kernels.grouped_linear import grouped_gate_up_silu, grouped_linear
+    if layer.swiglu:
+        from ..kernels.listed_experts import listed_swiglu
+
+        listed_swiglu(x_TD, [w.listed for w in weights], starts, token_R, out_RD)
+        return
+    from ..kernels.grouped_linear import grouped_linear
 
     down_GDI, up_bias_GN, down_bias_GD = _of_each(weights)
     starts_G = torch.tensor(starts, dtype=torch.int32)
-    if layer.swiglu:
-        h_RI = grouped_gate_up_silu(x_TD, [w.up_PND for w in weights], starts_G, None, token_R)
-    else:
-        up_PGND = _blocks(weights)
-        parts = [grouped_linear(x_TD, up_GND, starts_G, None, up_bias_GN, token_R) for up_GND in up_PGND]
-        h_RN = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        # Expert by expert: torch computes the last elements of a tensor in another way than the first, and what
-        # is last must not depend on who came together.
-        h_RI = torch.cat([layer.gate(h_RN[low:high]) for low, high in itertools.pairwise(starts)])
-    return grouped_linear(h_RI, down_GDI, starts_G, None, down_bias_GD)
+    up_PGND = _blocks(weights)
+    parts = [grouped_linear(x_TD, up_GND, starts_G, None, up_bias_GN, token_R) for up_GND in up_PGND]
+    h_RN = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    # Expert by expert: torch computes the last elements of a tensor in another way than the first, and what is last
+    # must not depend on who came together.
+    h_RI = torch.cat([layer.gate(h_RN[low:high]) for low, high in itertools.pairwise(starts)])
+    out_RD.copy_(grouped_linear(h_RI, down_GDI, starts_G, None, down_bias_GD))
 
 
 def many_rows(
@@ -52,12 +55,13 @@ def many_rows(
     token_R: torch.Tensor,
     starts: Sequence[int],
     weights: Sequence[ExpertWeights],
-) -> torch.Tensor:
+    out_RD: torch.Tensor,
+) -> None:
     """The same, one expert after the other, for many rows per expert and any device."""
     down_GDI, *biases = _of_each(weights)
     counts_G = torch.tensor([high - low for low, high in itertools.pairwise(starts)])
     up_GPND = [w.up_PND for w in weights]
-    return expert_loop(x_TD, token_R, counts_G, up_GPND, down_GDI, layer.gate, *biases)
+    out_RD.copy_(expert_loop(x_TD, token_R, counts_G, up_GPND, down_GDI, layer.gate, *biases))
 
 
 _Tensors = list[torch.Tensor]

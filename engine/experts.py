@@ -5,15 +5,20 @@ S: slots, I: expert width (2I for gate and up together), D: hidden size.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..scheduler.table import EMPTY
 from .expert_files import AlignedBuffer
 from .weights import ExpertReader
+
+if TYPE_CHECKING:
+    from ..kernels.listed_experts import ListedExpert
 
 UP_NAMES = ("gate_up_proj", "up_proj")
 DOWN_NAME = "down_proj"
@@ -30,6 +35,13 @@ class ExpertWeights:
     down_DI: torch.Tensor
     up_bias_N: torch.Tensor | None = None
     down_bias_D: torch.Tensor | None = None
+
+    @functools.cached_property
+    def listed(self) -> ListedExpert:
+        """For the kernels that take them by address. ValueError where they are not on the CPU."""
+        from ..kernels.listed_experts import listed_expert
+
+        return listed_expert(self.up_PND, self.down_DI)
 
 
 class ExpertPool:

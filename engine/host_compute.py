@@ -136,8 +136,10 @@ class HostCompute:
                 raise ExpertLate(f"{rows.what}: their rows did not come from the device within {self.timeout_s:g} s")
             time.sleep(_POLL_S)
         compute = few_rows if few else many_rows
-        y_RD = compute(layer, rows.x_TD, rows.token_R, rows.starts, [self._weights[slot] for slot in rows.slots])
-        return y_RD.pin_memory() if rows.sent is not None else y_RD
+        shape, sent = (rows.starts[-1], rows.x_TD.shape[1]), rows.sent is not None
+        y_RD = torch.empty(shape, dtype=rows.x_TD.dtype, pin_memory=sent)
+        compute(layer, rows.x_TD, rows.token_R, rows.starts, [self._weights[slot] for slot in rows.slots], y_RD)
+        return y_RD
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -90,6 +90,7 @@ class Offload:
         self._filling = False
         self.store.heard = self._heard
         self.forecast.idle_layers = lambda: self.store.figures.idle_layers
+        self.forecast.here = self._not_read
         for number, layer in enumerate(layers):
             layer.offloaded = OffloadedLayer(self.store, self.source, self.forecast, layer, number, self.ways)
 

@@ -142,7 +142,7 @@ class OffloadedLayer:
             else:
                 rows_of = few_rows if few else many_rows
                 weights = [self._source.weights(place) for place in places]
-                y_RD[low:high] = rows_of(layer, x_TD, token_R[low:high], inner, weights)
+                rows_of(layer, x_TD, token_R[low:high], inner, weights, y_RD[low:high])
             done += len(places)
             if done < len(visit.experts) and time.monotonic() > deadline:
                 raise ExpertLate(

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-import torch
-
 from .expert_files import PIECE_BYTES, AlignedBuffer, ExpertFiles
 from .experts import ExpertPool, ExpertWeights
 from .host_experts import HostExperts
@@ -63,14 +61,15 @@ class CheckpointSource:
         self._files = files
         self._pools = pools
         self._places: list[AlignedBuffer] | None = None
+        self._at: dict[int, tuple[int, int]] = {}
+        """Who is read into a place of which no layer has asked for the tensors."""
         buffers: list[AlignedBuffer] = []
         if pools[0].memory is None:
-            self._weights = [pools[0].weights(place) for place in range(size.places)]
+            self._weights = {place: pools[0].weights(place) for place in range(size.places)}
             buffers = [AlignedBuffer(files.buffer_bytes) for _ in range(size.buffers)]
         else:
             self._places = pools[0].memory.split(size.place)
-            nothing = torch.empty(0)
-            self._weights = [ExpertWeights(up_PND=(nothing,), down_DI=nothing)] * size.places
+            self._weights = {}
         self._readers = Readers(host or files, buffers, threads=size.readers)
         self.nbytes_LE = [
             [sum(extent.nbytes for extent in files.extents(layer, expert)) for expert in range(experts)]
@@ -83,12 +82,14 @@ class CheckpointSource:
             self.host.mark()
         if self._places is None:
             return self._readers.submit(layer, expert, self._pools[layer].views(place), priority)
-        buffer = self._places[place]
-        self._weights[place] = self._pools[layer].named(self._files.placed(layer, expert, buffer))
-        return self._readers.submit(layer, expert, {}, priority, buffer)
+        self._at[place] = layer, expert
+        return self._readers.submit(layer, expert, {}, priority, self._places[place])
 
     def weights(self, place: int) -> ExpertWeights:
         """What layers compute with, once the expert that is on its way to a place has been read."""
+        if (at := self._at.pop(place, None)) is not None:
+            assert self._places is not None
+            self._weights[place] = self._pools[at[0]].named(self._files.placed(*at, self._places[place]))
         return self._weights[place]
 
     def promote(self, read: Future[Any], priority: Priority) -> None:

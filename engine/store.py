@@ -150,8 +150,14 @@ class ExpertStore:
         return frozenset(self._resident)
 
     def here(self, layer: int) -> Any:
-        """[E] whom the policy gives a slot: a view, for reading."""
-        return self._policy.residents_of(layer)
+        """[E] whom the policy gives a slot, without those that were computed elsewhere and are still to be read. For
+        reading: it may be a view.
+        """
+        here_E = self._policy.residents_of(layer)
+        if later := [expert for of, expert in self._later if of == layer]:
+            here_E = here_E.copy()
+            here_E[later] = False
+        return here_E
 
     def has(self, layer: int, expert: int) -> bool:
         """Whether an expert has a place: it is there, or on its way."""
@@ -159,6 +165,8 @@ class ExpertStore:
 
     def begin_step(self) -> None:
         """A step of the engine: to the policy, all layers until the next one are of the same time."""
+        used = len(self._held) + len(self._leaving)
+        assert used + len(self._free) == self.size.places and len(self._stays) <= self.size.slots
         self.step += 1
 
     def forget(self, policy: Policy) -> None:
@@ -278,7 +286,6 @@ class ExpertStore:
                 self._ahead.append(self._read(at, want))
             else:
                 self._wanted.append(want)
-        self._account()
 
     def stream(self, wants: Iterable[Want]) -> None:
         """Begins to read these too, which no predictor named, as many as pass through at once, less one."""
@@ -289,7 +296,6 @@ class ExpertStore:
                 break
             if (want.layer, want.expert) not in self._held:
                 self._ahead.append(self._read((want.layer, want.expert), want))
-        self._account()
 
     def preload(self, order: Iterable[Place]) -> None:
         """Reads these into slots that are empty while nobody waits for the disk; `tend` does it."""
@@ -318,7 +324,6 @@ class ExpertStore:
             self._order.popleft()
         if len(self._stays) >= self.size.slots:
             self._order.clear()
-        self._account()
         return bool(self._order or self._early)
 
     def close(self) -> bool:
@@ -366,7 +371,6 @@ class ExpertStore:
             want = self._wanted.popleft()
             if (want.layer, want.expert) not in self._held:
                 self._ahead.append(self._read((want.layer, want.expert), want))
-        self._account()
 
     def _read_behind(self) -> None:
         """Begins to read those that were computed elsewhere and stay."""
@@ -375,7 +379,6 @@ class ExpertStore:
             del self._later[at]
             if at in self._stays and at not in self._held:
                 self._behind.append(self._read(at, priority=Priority.BACKGROUND))
-        self._account()
 
     def _settle_behind(self) -> None:
         """What became of those that were read behind the layers."""
@@ -390,6 +393,8 @@ class ExpertStore:
 
     def _read(self, at: Place, want: Want | None = None, priority: Priority = Priority.DEMAND) -> _Held:
         place = self._free.pop()
+        used = self.size.places - len(self._free)
+        self.most_used = max(self.most_used, used * self.size.place + self.size.reading)
         if want is not None:
             priority = want.priority
         held = self._held[at] = _Held(at=at, place=place, read=self._source.fetch(*at, place, priority), want=want)
@@ -434,11 +439,11 @@ class ExpertStore:
         self.figures.read_bytes += self._source.nbytes(*held.at)
         if held.at in self._stays:
             self._settle(held.at)
-        self._account()
 
     def _settle(self, at: Place) -> None:
         """It is there, and stays."""
         self._resident.add(at)
+        self.figures.resident_bytes = len(self._resident) * self.size.expert
         self.figures.admitted_bytes += self.size.expert
 
     def _release(self, group: Sequence[_Held]) -> None:
@@ -451,7 +456,9 @@ class ExpertStore:
     def _drop(self, held: _Held) -> None:
         """Nobody wants it any more."""
         del self._held[held.at]
-        self._resident.discard(held.at)
+        if held.at in self._resident:
+            self._resident.remove(held.at)
+            self.figures.resident_bytes = len(self._resident) * self.size.expert
         if held.read is not None and not held.read.done():
             self._source.abandon(held.read)
         if held in self._behind:
@@ -504,13 +511,6 @@ class ExpertStore:
             if held.read is not None or held.at not in self._stays:
                 self._drop(held)
         self._in_use.clear()
-
-    def _account(self) -> None:
-        size = self.size
-        self.figures.resident_bytes = len(self._resident) * size.expert
-        used = len(self._held) + len(self._leaving)
-        assert used + len(self._free) == size.places and len(self._stays) <= size.slots
-        self.most_used = max(self.most_used, used * size.place + size.reading)
 
 
 def _fine(held: _Held) -> bool:

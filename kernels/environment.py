@@ -18,6 +18,9 @@ ENVIRONMENT = {
     # again takes a millisecond.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24",
     "LRU_CACHE_CAPACITY": "24",
+    # PyTorch asks for huge pages for large tensors: weights are read from end to end in each step, and a processor
+    # otherwise looks up an address for every 4 KiB of them.
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
 
 

@@ -222,40 +222,19 @@ def grouped_linear(
 
 def grouped_gate_up_silu(
     x_TK: torch.Tensor,
-    weight_E2IK: torch.Tensor | Sequence[Sequence[torch.Tensor]],
+    weight_E2IK: torch.Tensor,
     starts: torch.Tensor,
-    experts_G: torch.Tensor | None,
+    experts_G: torch.Tensor,
     row_index_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """h_RI = silu(gate) * up, where gate and up are the two halves of grouped_linear's result (gate rows first).
-
-    Without experts_G there is for each group its weight, or its gate and its up.
-    """
+    """h_RI = silu(gate) * up, where gate and up are the two halves of grouped_linear's result (gate rows first)."""
     k, size = x_TK.shape[-1], x_TK.element_size()
-    if experts_G is not None:
-        assert isinstance(weight_E2IK, torch.Tensor)
-        two_n, groups = weight_E2IK.shape[1], len(experts_G)
-        _check_halves(two_n)
-        _check_stack("weight_E2IK", weight_E2IK, experts_G, (two_n, k), x_TK.dtype)
-        n, weight = two_n // 2, weight_E2IK.data_ptr()
-        return _run(x_TK, n, k, 2 * n * k * size, gate_up_part, weight, 0, starts, groups, experts_G, row_index_R)
-    two_n = sum(len(block) for block in weight_E2IK[0])
-    _check_halves(two_n)
-    n, table = two_n // 2, array("q")
-    for blocks in weight_E2IK:
-        for block_NK in blocks:
-            check_tensor("weight_E2IK", block_NK, (two_n // len(blocks), k), x_TK.dtype)
-        first = blocks[0].data_ptr()
-        table.extend((first, blocks[1].data_ptr() if len(blocks) > 1 else first + n * k * size))
-    weight = table.buffer_info()[0]
-    return _run(
-        x_TK, n, k, 2 * n * k * size, gate_up_part, weight, 0, starts, len(table) // 2, None, row_index_R
-    )  # fmt: skip
-
-
-def _check_halves(rows):
-    if rows % 2:
-        raise ValueError(f"weight_E2IK: gate and up rows must be as many, but there are {rows} rows in all")
+    two_n, groups = weight_E2IK.shape[1], len(experts_G)
+    if two_n % 2:
+        raise ValueError(f"weight_E2IK: gate and up rows must be as many, but there are {two_n} rows in all")
+    _check_stack("weight_E2IK", weight_E2IK, experts_G, (two_n, k), x_TK.dtype)
+    n, weight = two_n // 2, weight_E2IK.data_ptr()
+    return _run(x_TK, n, k, 2 * n * k * size, gate_up_part, weight, 0, starts, groups, experts_G, row_index_R)
 
 
 def combine(y_RN: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:

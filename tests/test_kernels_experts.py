@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from moeyard.kernels.grouped_linear import grouped_gate_up_silu, grouped_linear
+from moeyard.kernels.listed_experts import listed_expert, listed_swiglu
 from moeyard.kernels.small_experts import small_experts
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -135,9 +136,6 @@ def test_weights_anywhere_in_memory(dtype):
     x, starts, experts = torch.randn(9, 40).to(dtype), [0, 3, 4, 9], [4, 0, 2]
     starts_G, experts_G = torch.tensor(starts, dtype=torch.int32), torch.tensor(experts, dtype=torch.int32)
     alone = [gate_up[e].clone() for e in experts]
-    halves = [(alone[0],), alone[1].clone().chunk(2), (alone[2][:24].clone(), alone[2][24:].clone())]
-    stacked = grouped_gate_up_silu(x, gate_up, starts_G, experts_G)
-    assert torch.equal(grouped_gate_up_silu(x, halves, starts_G, None), stacked)
     stacked = grouped_linear(x, gate_up, starts_G, experts_G, bias)
     biases = [bias[e].clone() for e in experts]
     assert torch.equal(grouped_linear(x, alone, starts_G, None, biases), stacked)
@@ -145,8 +143,50 @@ def test_weights_anywhere_in_memory(dtype):
         assert_near(stacked[low:high], x[low:high].double() @ alone[g].double().T + biases[g].double(), dtype)
     with pytest.raises(ValueError, match="weight_ENK"):
         grouped_linear(x, [alone[0], alone[1][:, ::2], alone[2]], starts_G, None)
-    with pytest.raises(ValueError, match="weight_E2IK"):
-        grouped_gate_up_silu(x, [(alone[0],), (alone[1],), (alone[2][:10], alone[2][10:])], starts_G, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_experts_anywhere_in_memory(dtype):
+    gate_up, down = layer(5, 40, 24, dtype)
+    x, starts, experts = torch.randn(7, 40).to(dtype), [0, 3, 4, 9], [4, 0, 2]
+    index = torch.tensor([0, 6, 2, 2, 5, 1, 0, 3, 4], dtype=torch.int32)
+    alone = [gate_up[e].clone() for e in experts]
+    blocks = [(alone[0],), alone[1].clone().chunk(2), (alone[2][:24].clone(), alone[2][24:].clone())]
+    downs = [down[e].clone() for e in experts]
+    listed = [listed_expert(*weights) for weights in zip(blocks, downs, strict=True)]
+    out = torch.full((9, 40), torch.nan).to(dtype)
+    listed_swiglu(x, listed, starts, index, out)
+    starts_G, experts_G = torch.tensor(starts, dtype=torch.int32), torch.tensor(experts, dtype=torch.int32)
+    h = grouped_gate_up_silu(x, gate_up, starts_G, experts_G, index)
+    assert torch.equal(out, grouped_linear(h, down, starts_G, experts_G))
+    for g, (low, high) in enumerate(itertools.pairwise(starts)):
+        gates, ups = (x[index[low:high]].double() @ half.double().T for half in alone[g].chunk(2))
+        assert_near(out[low:high], (torch.nn.functional.silu(gates) * ups) @ downs[g].double().T, dtype)
+    listed_swiglu(x, listed[:1], [0, 0], index[:0], out[:0])
+
+
+def test_gated_experts_that_do_not_fit_are_refused():
+    gate_up, down = layer(2, 40, 24, torch.float32)
+    good, x, index = listed_expert((gate_up[0],), down[0]), torch.randn(3, 40), torch.zeros(3, dtype=torch.int32)
+    for blocks, last in [
+        ((gate_up[0][:10], gate_up[0][10:]), down[0]),
+        ((gate_up[0],), down[0].T),
+        ((gate_up[0].bfloat16(),), down[0]),
+    ]:
+        with pytest.raises(ValueError, match=r"up_PIK|down_KI"):
+            listed_expert(blocks, last)
+    narrow = listed_expert((gate_up[1][:20].contiguous(),), down[1][:, :10].contiguous())
+    for experts, starts, rows, out, name in [
+        ([good, narrow], [0, 1, 3], x, x, "experts"),
+        ([good], [0, 3], x.bfloat16(), x, "experts"),
+        ([good], [0, 1, 3], x, x, "starts"),
+        ([good], [1, 3], x, x, "starts"),
+        ([good], [0, 3], x[:, :30], x, "x_TK"),
+        ([good], [0, 3], x, x[:2], "out_RK"),
+        ([good], [0, 2], x, x, "row_index_R"),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            listed_swiglu(rows, experts, starts, index, out.clone())
 
 
 def test_rows_of_a_larger_tensor_and_weights_of_the_model_dtype():

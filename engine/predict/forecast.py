@@ -15,7 +15,7 @@ import torch
 
 from ..readers import Priority
 from ..wants import Outcome, Want
-from .base import Floats, Predictor, Rows
+from .base import Array, Floats, Predictor, Rows
 from .depth import Depth
 from .meter import Meter
 
@@ -63,6 +63,9 @@ class Forecast:
         self._time: dict[str, _Time] = {}
         self.idle_layers: Callable[[], int] = lambda: 0
         """Of the store."""
+        nobody_E = np.zeros(experts, dtype=bool)
+        self.here: Callable[[int], Array] = lambda layer: nobody_E
+        """[E] who of a layer need not be read."""
         self._idle = 0
         """Of them known."""
         self._none_LE: Floats = np.zeros((layers, experts), dtype=np.float32)
@@ -88,10 +91,10 @@ class Forecast:
         """A router has chosen: ids in any order with their weights, -1 for none."""
         if not self._all or not self._running:
             return
-        if any(predictor.ordered for predictor in self._all):
-            worth_TK = weights_TK.float().masked_fill(ids_TK < 0, -torch.inf)
-            ids_TK = ids_TK.gather(-1, worth_TK.argsort(dim=-1, descending=True, stable=True))
         chosen_TK = ids_TK.cpu().numpy()
+        if any(predictor.ordered for predictor in self._all):
+            worth_TK = np.where(chosen_TK < 0, -np.inf, weights_TK.float().cpu().numpy())
+            chosen_TK = np.take_along_axis(chosen_TK, np.argsort(-worth_TK, axis=-1, kind="stable"), -1)
         for predictor in self._all:
             predictor.routed(layer, chosen_TK)
 
@@ -149,7 +152,9 @@ class Forecast:
         return next((chance_LE for chance_LE in found if chance_LE is not None), None)
 
     def wants(self, layer: int) -> Iterator[Want]:
-        """What the layers after one will probably need: the next layer first, in each the most probable first."""
+        """What the layers after one will probably need and has to be read: the next layer first, in each the most
+        probable first.
+        """
         if not self._running:
             return
         depth_M = [self._layers if meter.exact else self.depth_of(meter).layers for meter in self.meters]
@@ -158,9 +163,8 @@ class Forecast:
             if chance_E is None:
                 continue
             priority = Priority.NEXT_LAYER if ahead == layer + 1 else Priority.LATER
-            for expert in np.argsort(-chance_E, kind="stable").tolist():
-                if chance_E[expert] < self._least:
-                    break
+            (worth_N,) = ((chance_E >= self._least) & ~self.here(ahead)).nonzero()
+            for expert in worth_N[np.argsort(-chance_E[worth_N], kind="stable")].tolist():
                 yield Want(
                     layer=ahead,
                     expert=expert,
