@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,13 @@ def few_rows(
 
     down_GDI, up_bias_GN, down_bias_GD = _of_each(weights)
     starts_G = torch.tensor(starts, dtype=torch.int32)
+    if layer.pool.format is not None:
+        from ..kernels.quantised_linear import quantised_linear
+
+        up_GND: Any = [w.up_PND[0] for w in weights]
+        h_RN = quantised_linear(x_TD, up_GND, starts_G, None, up_bias_GN, token_R)
+        h_RI = torch.cat([layer.gate(h_RN[low:high]) for low, high in itertools.pairwise(starts)])
+        return quantised_linear(h_RI, down_GDI, starts_G, None, down_bias_GD)
     if layer.swiglu:
         h_RI = grouped_gate_up_silu(x_TD, [w.up_PND for w in weights], starts_G, None, token_R)
     else:
