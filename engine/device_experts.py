@@ -60,7 +60,7 @@ def device_experts(pool: ExpertPool, gate: Any) -> tuple[GroupedExperts | None, 
 
     On a CPU None and "": it has kernels of its own.
     """
-    if pool.device.type != "cuda":
+    if pool.up_SND.device.type != "cuda":
         return None, ""
     reason = why_no_triton() or _why_no_device(pool.up_SND.device, pool.up_SND.dtype)
     if not reason:

@@ -99,11 +99,6 @@ class ExpertPool:
         return self.reader.format
 
     @property
-    def device(self) -> torch.device:
-        """Where it is computed with these weights."""
-        return self.up_SND.device
-
-    @property
     def dtype(self) -> torch.dtype:
         """What is computed in."""
         return self.reader.activation_dtype

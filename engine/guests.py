@@ -59,7 +59,7 @@ class Cutter:
         weights = self._pool.weights(slot)
         if self._pool.format is not None:
             assert parts == 1
-            packed = torch.empty(self.nbytes(), dtype=torch.uint8, device=self._pool.device)
+            packed = torch.empty(self.nbytes(), dtype=torch.uint8, device=self._pool.up_SND.device)
             for place, tensor in zip(self._views(packed), self._pool.tensors(slot), strict=True):
                 place.copy_(tensor)
             return packed

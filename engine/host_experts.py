@@ -141,7 +141,7 @@ class HostExperts:
         experts.sort(key=lambda at: at[::-1])
         reader = pools[0].reader
         kept = experts[: budget // reader.nbytes]
-        self.pool = HostPool(reader, len(kept) + buffers, pools[0].device)
+        self.pool = HostPool(reader, len(kept) + buffers, pools[0].up_SND.device)
         self._slot = {at: slot for slot, at in enumerate(kept)}
         self._bounce = list(range(len(kept), self.pool.num_slots))
         self._bounces = threading.Semaphore(len(self._bounce))

@@ -60,7 +60,7 @@ Samples = list[list[int]]
 
 def rank_constants(layer: MoELayer, *, force: bool = False, progress: bool = False) -> Record[RankConstants]:
     """What is known of this rank's experts, from the file or measured now; `force` does not look at the file."""
-    key = constants.key_of(layer.pool.reader, layer.pool.device, torch.get_num_threads())
+    key = constants.key_of(layer.pool.reader, layer.pool.up_SND.device, torch.get_num_threads())
     if force:
         constants.forget("rank", **key)
     elif (record := constants.load("rank", key)) is not None:
@@ -69,7 +69,7 @@ def rank_constants(layer: MoELayer, *, force: bool = False, progress: bool = Fal
     layer.few_rows = layer.measure_few_rows()
     samples = {"experts": time_experts(layer, progress)}
     host = FREE
-    if layer.pool.device.type == "cuda":
+    if layer.pool.up_SND.device.type == "cuda":
         samples |= {"to_device": _time_copies(layer, False), "to_host": _time_copies(layer, True)}
         both = [_link(samples[name]) for name in ("to_device", "to_host")]
         host = LinkCost(max(link.alpha_ns for link in both), max(link.fs_per_byte for link in both))
@@ -82,7 +82,7 @@ def few_rows_of(layer: MoELayer, progress: bool = False) -> int:
     is measured, and not kept.
     """
     if layer.offloaded is not None and layer.pool.num_slots < TRIAL_EXPERTS:
-        key = constants.key_of(layer.pool.reader, layer.pool.device, torch.get_num_threads())
+        key = constants.key_of(layer.pool.reader, layer.pool.up_SND.device, torch.get_num_threads())
         record: Record[RankConstants] | None = constants.load("rank", key)
         return record.values.few_rows if record is not None else layer.measure_few_rows()
     return rank_constants(layer, progress=progress).values.few_rows
@@ -93,7 +93,7 @@ def time_experts(layer: MoELayer, progress: bool = False) -> Samples:
     them in a cache, either.
     """
     pool = layer.pool
-    device, dtype, hidden = pool.device, pool.dtype, pool.hidden
+    device, dtype, hidden = pool.up_SND.device, pool.dtype, pool.hidden
     cases = sorted(
         {
             (n, rows)
@@ -135,8 +135,8 @@ def time_shared(layer: MoELayer) -> Samples:
         left_ns = _EXPERTS_BUDGET_S * 1e9 - (time.perf_counter_ns() - start)
         if done >= 3 and (_REPEATS + 1) * tokens * per_token_ns > left_ns:
             continue
-        x = torch.randn(1, tokens, pool.hidden, dtype=pool.dtype, device=pool.device)
-        times = [_timed(pool.device, overlap.compute, x) for _ in range(_REPEATS + 1)]
+        x = torch.randn(1, tokens, pool.hidden, dtype=pool.dtype, device=pool.up_SND.device)
+        times = [_timed(pool.up_SND.device, overlap.compute, x) for _ in range(_REPEATS + 1)]
         samples += [[1, tokens, ns] for ns in times[1:]]
         per_token_ns = min(times) / tokens
     return samples
@@ -160,7 +160,7 @@ def _some_of(layer: MoELayer, first: int, count: int) -> MoELayer:
 
 def _time_copies(layer: MoELayer, to_host: bool) -> Samples:
     """[bytes, ns] of copies between this rank's device and page-locked memory."""
-    device = layer.pool.device
+    device = layer.pool.up_SND.device
     samples: Samples = []
     for nbytes in _HOST_BYTES:
         host, there = (

@@ -41,7 +41,7 @@ log = logging.getLogger("moeyard.measure")
 
 def key_of(layer: MoELayer, pinned: bool) -> dict[str, Any]:
     """That of a rank's constants, and whether the host memory is page-locked."""
-    key = constants.key_of(layer.pool.reader, layer.pool.device, torch.get_num_threads())
+    key = constants.key_of(layer.pool.reader, layer.pool.up_SND.device, torch.get_num_threads())
     return key | {"pinned": pinned}
 
 
@@ -156,8 +156,8 @@ class _Trial:
     def _inputs(self, experts: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """As many rows for each expert, each of a token of its own."""
         pool = self._layer.pool
-        x_RD = torch.ones(rows, pool.hidden, dtype=pool.dtype, device=pool.device)
-        token_R = torch.arange(rows, dtype=torch.int32, device=pool.device)
+        x_RD = torch.ones(rows, pool.hidden, dtype=pool.dtype, device=pool.up_SND.device)
+        token_R = torch.arange(rows, dtype=torch.int32, device=pool.up_SND.device)
         return x_RD, token_R, [rows // experts * i for i in range(experts + 1)]
 
 

@@ -54,7 +54,7 @@ class MoELayer:
         self.swiglu = self._compiled and pool.format is None and _plain_swiglu(pool, gate)
         # Mean rows per expert up to which the compiled kernels run; `calibrate` measures it.
         self.few_rows = ROW_COUNTS[0]
-        self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.device)
+        self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.up_SND.device)
         self.parallel: ParallelLayer | None = None
         self.slot_E: torch.Tensor | None = None
         """Where each expert is when it is not in the slot of its number; -1 leaves out one that is not here."""
@@ -228,7 +228,7 @@ def _few_rows_function(pool: ExpertPool, gate: Any) -> Any:
     One compiled call for the whole layer where the experts are plain SwiGLU, else compiled pieces around their own
     gate.
     """
-    if pool.device.type != "cpu" or pool.dtype not in (torch.float32, torch.bfloat16):
+    if pool.up_SND.device.type != "cpu" or pool.dtype not in (torch.float32, torch.bfloat16):
         return None
     if pool.format is not None:
         return _few_quantised_rows(pool, gate)
@@ -260,8 +260,10 @@ def _few_quantised_rows(pool: ExpertPool, gate: Any) -> Any:
     def pieces(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = sort_rows(ids_TK, pool.num_slots)
         groups = (rows.starts, rows.experts_G)
-        h_RI = gate(quantised_linear(x_TD, pool.up, *groups, pool.up_bias_SN, rows.token_R))
-        y_RD = quantised_linear(h_RI.contiguous(), pool.down, *groups, pool.down_bias_SD)
+        up: Any = pool.up
+        down: Any = pool.down
+        h_RI = gate(quantised_linear(x_TD, up, *groups, pool.up_bias_SN, rows.token_R))
+        y_RD = quantised_linear(h_RI.contiguous(), down, *groups, pool.down_bias_SD)
         return combine(y_RD, rows.position_TK, weights_TK), rows.counts_E
 
     return pieces

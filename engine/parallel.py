@@ -126,7 +126,7 @@ class Parallel:
         self._row_bytes = RowFormat(pool.hidden, self._top_k, pool.dtype).nbytes
         self._row_bytes_back = pool.hidden * pool.dtype.itemsize
         for layer, table in zip(layers, tables, strict=True):  # until `join`: for warming up
-            layer.slot_E = torch.tensor(table.slot_of(self.group.position), device=pool.device)
+            layer.slot_E = torch.tensor(table.slot_of(self.group.position), device=pool.up_SND.device)
         self._choices: dict[tuple[tuple[int, ...], bool], StepPlan] = {}
         self.balancing = True
         """Whether layers may be balanced where that can pay; on all ranks alike."""
@@ -213,7 +213,7 @@ class Parallel:
         """The layers of a step in which this rank has no tokens: its experts compute the others'."""
         for layer in self._layers:
             pool = layer.pool
-            device = pool.device
+            device = pool.up_SND.device
             layer(
                 torch.empty(0, pool.hidden, dtype=pool.dtype, device=device),
                 torch.empty(0, pool.spec.top_k, dtype=torch.long, device=device),

@@ -1,7 +1,7 @@
-"""How published checkpoints store quantised weights: which tensors belong together, and what format they are in memory.
+"""How published checkpoints store quantised weights: which tensors belong together, and what they are in memory.
 
-A layout is known by `quantization_config` of the checkpoint's configuration. Its tensors are those of a plain checkpoint,
-each stored as several: values, scales, and zero points where there are any.
+A layout is known by `quantization_config` of the checkpoint's configuration. Its tensors are those of a plain
+checkpoint, each stored as several: values, scales, and zero points where there are any.
 """
 
 from __future__ import annotations
@@ -207,6 +207,6 @@ def take_layout(config: Any) -> Layout | None:
 def _refusal(method: str, what: str) -> ValueError:
     kind = f"{method} {what}".strip()
     return ValueError(
-        f"model: the checkpoint is quantised ({kind}), which is not supported; mxfp4, fp8 in blocks, and gptq and awq of"
-        " 4 bits are; use one of those or a plain checkpoint"
+        f"model: the checkpoint is quantised ({kind}), which is not supported; mxfp4, fp8 in blocks, and gptq and awq"
+        " of 4 bits are; use one of those or a plain checkpoint"
     )

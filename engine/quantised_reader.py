@@ -177,8 +177,8 @@ def reader_for(expert_dtype: str, layout: Layout | None) -> Callable[[WeightMap,
         return lambda weights, spec: DequantisingReader(weights, spec, layout)
     if expert_dtype != "auto":
         raise ValueError(
-            f"expert_dtype is {expert_dtype}, and the checkpoint's experts are quantised already ({layout.method}); leave"
-            " it out to keep them so, or use plain"
+            f"expert_dtype is {expert_dtype}, and the checkpoint's experts are quantised already ({layout.method});"
+            " leave it out to keep them so, or use plain"
         )
     return lambda weights, spec: StoredReader(weights, spec, layout)
 

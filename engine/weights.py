@@ -32,7 +32,6 @@ from .checkpoint import QUANTISED_TYPES, Checkpoint, Entry
 from .model import ExpertsSpec
 from .quantised_layouts import Layout
 
-
 _INTEGERS = {"I64", *QUANTISED_TYPES}
 
 
@@ -215,7 +214,7 @@ class WeightMap:
         for name, entry in entries.items():
             plain, role = layout.split(name)
             stored.setdefault(plain, {})[role] = entry
-        found = {}
+        found: dict[str, Entry] = {}
         for plain, parts in stored.items():
             if not layout.complete(parts):
                 found |= {entry.name: entry for entry in parts.values()}  # of plain tensors with such names

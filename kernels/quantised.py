@@ -133,8 +133,9 @@ class QuantisedMatrix:
     def with_a_row_of_scales_each(self) -> QuantisedMatrix:
         """The same, where several rows have shared scales."""
         form, n = self.format, self.shape[0]
-        spread = {name: grid.repeat_interleave(form.rows, 0)[:n] for name, grid in self.tensors().items()}
-        return replace(self, **spread | {"values": self.values}, format=replace(form, rows=1))
+        scales = self.scales.repeat_interleave(form.rows, 0)[:n]
+        zeros = self.zeros.repeat_interleave(form.rows, 0)[:n] if self.zeros is not None else None
+        return replace(self, scales=scales, zeros=zeros, format=replace(form, rows=1))
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """[N, k] what it stands for, worked out in float32; on any device."""

@@ -29,8 +29,8 @@ _decoded = stack_buffer(2 * MOST_INPUTS)
 
 @Part
 def _linear_part(part, parts, args):
-    """One worker's columns of y = x @ w.T + bias for every group. values, scales, zeros and bias (0: none) are addresses
-    of an address for each group.
+    """One worker's columns of y = x @ w.T + bias for every group. values, scales, zeros and bias (0: none) are
+    addresses of an address for each group.
     """
     (
         dot, form, exponents, kind, x, x_stride, row_index, groups, starts, values, scales, zeros, bias, columns,

@@ -1,4 +1,4 @@
-"""Quantised matrices: formats against loops over single values, and the compiled kernels against PyTorch's operators."""
+"""Quantised matrices: formats against loops over single values, and the compiled kernels against PyTorch's."""
 
 import math
 
