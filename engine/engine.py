@@ -47,7 +47,8 @@ from .memory import check_weights_fit, free_memory, give_back, kv_blocks
 from .messages import Spans, Stats, Submit, TokenDelta
 from .model import plug, unplug
 from .moe import MoEFunction, calibrate
-from .offload import Offload, plan_offload
+from .offload import Offload
+from .offload_plan import plan_offload
 from .overlap import find_overlap
 from .own_experts import OwnExperts
 from .parallel import Parallel, Seat, balance_planner, check_alike, first_tables

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import mmap
 import os
@@ -26,7 +27,7 @@ BLOCK = 4096
 """Offsets, lengths and addresses of reads are multiples of this: what `O_DIRECT` asks for on today's disks, and a
 page of the cache elsewhere."""
 PIECE_BYTES = 2**20
-"""Most bytes of one read. More urgent reads are let in between two of them, so a slow disk wants them short; a fast one
+"""Of one read, about. More urgent reads are let in between two of them, so a slow disk wants them short; a fast one
 wants them long enough that a call's own cost does not count."""
 _GRAIN = 2**15
 """Elements that torch converts on the calling thread alone. For more it would start a team of threads per reader."""
@@ -63,6 +64,19 @@ class Extent:
     def last(self) -> int:
         """Where they end; beyond the file's end, if that is within a block."""
         return _whole_blocks(self.begin + self.nbytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """What one call reads: blocks of a file from `begin` to `end`, the last of which may be beyond the file's end, to a
+    place in the expert's buffer. Of these bytes the first `needed` must be there.
+    """
+
+    file: Path
+    begin: int
+    end: int
+    needed: int
+    place: int
 
 
 class AlignedBuffer:
@@ -126,6 +140,7 @@ class ExpertFiles:
         experts = [(layer, e) for layer, r in enumerate(self._readers) for e in range(r.spec.num_experts)]
         self._files: dict[Path, int] = {}
         self._extents: dict[tuple[int, int], list[Extent]] = {}
+        self._pieces: dict[tuple[int, int], list[Piece]] = {}
         self._placed: dict[tuple[int, int], dict[str, list[_View]] | None] = {}
         self.buffer_bytes = BLOCK
         """Of a buffer that has room for any of the experts."""
@@ -186,40 +201,61 @@ class ExpertFiles:
             extents.append(here)
         return extents
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]:
-        """Reads one expert into `buffer`, a piece per step, of which it gives the bytes; they are good when the last
-        step has been made.
+    def pieces(self, layer: int, expert: int) -> list[Piece]:
+        """What to read for one expert: in any order, by any threads, all into one buffer."""
+        known = self._pieces.get((layer, expert))
+        if known is None:
+            known = self._pieces[layer, expert] = list(self._cut(layer, expert))
+        return known
+
+    def _cut(self, layer: int, expert: int) -> Iterator[Piece]:
+        """Each extent in pieces of about the same size, so that several reads of them end together."""
+        place = 0
+        for extent in self.extents(layer, expert):
+            nbytes = extent.last - extent.first
+            count = max(round(nbytes / PIECE_BYTES), 1)
+            ends = [extent.first + _whole_blocks(nbytes * (i + 1) // count) for i in range(count)]
+            for begin, end in itertools.pairwise([extent.first, *ends]):
+                needed = min(end, extent.begin + extent.nbytes) - begin
+                yield Piece(file=extent.file, begin=begin, end=end, needed=needed, place=place + begin - extent.first)
+            place += nbytes
+
+    def read_piece(self, layer: int, expert: int, piece: Piece, buffer: AlignedBuffer) -> int:
+        """Reads a piece to its place in `buffer`, and gives the bytes. An expert is there when all its pieces are, and
+        good if `check` says so then.
 
         Raises ExpertUnreadable.
         """
-        extents = self.extents(layer, expert)
-        assert sum(e.last - e.first for e in extents) <= buffer.nbytes, "the buffer is smaller than buffer_bytes"
-        place = 0
-        for extent in extents:
-            needed, got = extent.begin + extent.nbytes - extent.first, 0
-            while got < needed:
-                # After a read that ended within a block, that block is read again.
-                start = got // BLOCK * BLOCK
-                end = min(start + PIECE_BYTES, extent.last - extent.first)
-                room = buffer.room[place + start : place + end]
-                try:
-                    count = self._pread(self._files[extent.file], room, extent.first + start)
-                except OSError as error:
-                    self._check(extent.file, layer, expert)
-                    raise ExpertUnreadable(extent.file, layer, expert, _reason(error)) from error
-                if start + count <= got:
-                    self._check(extent.file, layer, expert)
-                    raise ExpertUnreadable(
-                        extent.file, layer, expert, f"ends at byte {extent.first + got} in the middle of a tensor"
-                    )
-                got = start + count
-                if not self.direct:
-                    advise(self._files[extent.file], "POSIX_FADV_DONTNEED", extent.first + start, end - start)
-                yield count
-            place += extent.last - extent.first
-        # After reading: whatever was done to the file before or meanwhile shows now.
-        for file in dict.fromkeys(e.file for e in extents):
+        assert piece.place + piece.end - piece.begin <= buffer.nbytes, "the buffer is smaller than buffer_bytes"
+        file, got = self._files[piece.file], 0
+        while got < piece.needed:
+            start = got // BLOCK * BLOCK  # after a read that ended within a block, that block is read again
+            room = buffer.room[piece.place + start : piece.place + piece.end - piece.begin]
+            try:
+                count = self._pread(file, room, piece.begin + start)
+            except OSError as error:
+                self._check(piece.file, layer, expert)
+                raise ExpertUnreadable(piece.file, layer, expert, _reason(error)) from error
+            if start + count <= got:
+                self._check(piece.file, layer, expert)
+                raise ExpertUnreadable(
+                    piece.file, layer, expert, f"ends at byte {piece.begin + got} in the middle of a tensor"
+                )
+            got = start + count
+        if not self.direct:
+            advise(file, "POSIX_FADV_DONTNEED", piece.begin, piece.end - piece.begin)
+        return got
+
+    def check(self, layer: int, expert: int) -> None:
+        """After reading: whatever was done to the files before or meanwhile shows now. Raises ExpertUnreadable."""
+        for file in dict.fromkeys(extent.file for extent in self.extents(layer, expert)):
             self._check(file, layer, expert)
+
+    def load(self, layer: int, expert: int, buffer: AlignedBuffer) -> None:
+        """Reads one expert into `buffer` now. Raises ExpertUnreadable."""
+        for piece in self.pieces(layer, expert):
+            self.read_piece(layer, expert, piece, buffer)
+        self.check(layer, expert)
 
     def tensors(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, torch.Tensor]:
         """What `ExpertReader.read` gives, from a buffer that the expert was read into: views of it where the
@@ -257,8 +293,7 @@ class ExpertFiles:
 
     def read(self, layer: int, expert: int, buffer: AlignedBuffer) -> dict[str, torch.Tensor]:
         """Reads one expert now and gives its `tensors`. Raises ExpertUnreadable."""
-        for _ in self.steps(layer, expert, buffer):
-            pass
+        self.load(layer, expert, buffer)
         return self.tensors(layer, expert, buffer)
 
     def drop_cached_pages(self) -> None:

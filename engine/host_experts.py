@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..scheduler.table import EMPTY
 from .config import format_size, parse_budget
-from .expert_files import AlignedBuffer, ExpertFiles
+from .expert_files import AlignedBuffer, ExpertFiles, Piece
 from .experts import ExpertPool
 from .weights import ExpertReader
 
@@ -178,10 +178,16 @@ class HostExperts:
         """Where in `pool` an expert is that is here."""
         return self._slot[layer, expert]
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]:
-        """As `ExpertFiles.steps`; nothing for those that are here."""
+    def pieces(self, layer: int, expert: int) -> Sequence[Piece]:
+        """As `ExpertFiles.pieces`, and so are the next two; nothing is read for those that are here."""
+        return () if (layer, expert) in self._slot else self._files.pieces(layer, expert)
+
+    def read_piece(self, layer: int, expert: int, piece: Piece, buffer: AlignedBuffer) -> int:
+        return self._files.read_piece(layer, expert, piece, buffer)
+
+    def check(self, layer: int, expert: int) -> None:
         if (layer, expert) not in self._slot:
-            yield from self._files.steps(layer, expert, buffer)
+            self._files.check(layer, expert)
 
     def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None:
         """Fills a slot's tensors, as `HostPool.send` does."""
@@ -210,8 +216,7 @@ class HostExperts:
         def read(at: tuple[int, int]) -> None:
             buffer = buffers.pop()  # there are as many as threads
             try:
-                for _ in self._files.steps(*at, buffer):
-                    pass
+                self._files.load(*at, buffer)
                 self._files.copy(*at, buffer, self.pool.views(self._slot[at]))
             finally:
                 buffers.append(buffer)

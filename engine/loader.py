@@ -19,7 +19,7 @@ from .experts import ExpertPool, load_experts
 from .memory import Footprint, choose_device, footprint
 from .model import ModelSpec, build, choose_dtype, choose_max_model_len, load_config, probe
 from .moe import MoEFunction, MoELayer
-from .offload import OffloadPlan
+from .offload_plan import OffloadPlan
 from .quantised_layouts import take_layout
 from .quantised_reader import check_quantised, reader_for
 from .weights import WeightMap, load_dense

@@ -20,7 +20,7 @@ from .measure import TRIAL_EXPERTS, few_rows_of
 from .measure_misses import miss_constants
 from .moe import MoELayer
 from .readers import Priority
-from .store import Want
+from .wants import Want
 
 STREAM = "stream"
 """On whose word a layer's experts are read ahead that is streamed (`Want.by`)."""

@@ -27,7 +27,7 @@ from .parallel_layer import ParallelLayer
 from .recorder import RoutingRecorder
 
 if TYPE_CHECKING:
-    from .offload import OffloadedLayer
+    from .offloaded_layer import OffloadedLayer
 
 ROW_COUNTS = (16, 32, 64, 128, 256)
 """Rows per expert at which the compiled kernels and one GEMM per expert are timed against each other."""

@@ -6,10 +6,11 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -34,7 +35,17 @@ class Priority(IntEnum):
 class Source(Protocol):
     """What readers read from: `ExpertFiles`, or a fake."""
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]: ...
+    def pieces(self, layer: int, expert: int) -> Sequence[Any]:
+        """What is read one by one, in this order and several at a time; there may be nothing to read."""
+        ...
+
+    def read_piece(self, layer: int, expert: int, piece: Any, buffer: AlignedBuffer) -> int:
+        """Reads one of them, and gives its bytes."""
+        ...
+
+    def check(self, layer: int, expert: int) -> None:
+        """Raises when what has been read is not to be used."""
+        ...
 
     def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None: ...
 
@@ -59,23 +70,31 @@ class Read(Future[Mapping[str, torch.Tensor]]):
         self.layer, self.expert, self.into, self.priority = layer, expert, into, priority
         self._number = number
         self._waits = True
+        """There are pieces that no thread has taken, or it has not begun."""
         self._unwanted = False
         self._begun = False
         self.bytes_read = 0
         """While it goes on."""
         self._own = own
         self._buffer: AlignedBuffer | None = None  # from its first piece to its last
-        self._steps: Iterator[int] | None = None
+        self._pieces: deque[Any] = deque()
+        """That no thread has taken."""
+        self._threads = 0
+        """At its pieces, or at its end."""
+        self._failure: BaseException | None = None
 
 
 class Readers:
-    """`threads` reads in flight, and at most `depth` waiting; demand is let in always, those who wait for it bound it.
+    """`threads` pieces of reads in flight, and at most `depth` reads waiting; demand is let in always, those who wait
+    for it bound it.
 
-    The disk is demand's while there is any: other reads go on when it has ended, and at most `behind` of them at a
-    time, so that few are in the way of the next.
+    All threads read pieces of the most urgent expert, and of the next one when none are left: a layer that waits for
+    one expert gets all that the disk can give, and of two it can compute the first while the second is read. The disk
+    is demand's while there is any: other reads go on when it has ended, and at most `behind` pieces of them at a time,
+    so that few are in the way of the next.
 
     Every read goes through one of `buffers`, and all memory is theirs; or each comes with a buffer of its own, and
-    there are no others. When a more urgent read waits and a buffer is free for it, one that has started is set aside
+    there are no others. When a more urgent read waits and a buffer is free for it, one that has begun is set aside
     between two pieces and goes on later: buffers beyond one for each thread are for that.
     """
 
@@ -115,12 +134,14 @@ class Readers:
         Raises ReadersFull for what is not demand, and RuntimeError after `close`. The read itself raises what the
         source does, `ExpertUnreadable`.
         """
+        pieces = self._source.pieces(layer, expert)
         with self._changed:
             if self._closed:
                 raise RuntimeError("readers: closed")
             if priority != Priority.DEMAND and self._num_waiting() >= self._depth:
                 raise ReadersFull(f"readers: {self._depth} reads are waiting")
             read = Read(layer, expert, into, priority, next(self._order), buffer)
+            read._pieces.extend(pieces)
             self._unfinished.add(read)
             self._push(read)
         return read
@@ -134,21 +155,24 @@ class Readers:
                     self._push(read)  # its old place in the queue is passed over
 
     def abandon(self, read: Read) -> None:
-        """Ends a read that nobody wants any more: at once if it waits, else after the piece that is being read. It is
+        """Ends a read that nobody wants any more: at once if it waits, else after the pieces that are being read. It is
         cancelled, or raises CancelledError.
         """
         with self._changed:
             read._unwanted = True
             if read.cancel() or read not in self._unfinished or not read._waits:
                 return
-            self._unfinished.remove(read)  # set aside after it had started; its place in the queue is passed over
+            read._waits = False  # its place in the queue is passed over
+            if read._threads:
+                return
+            self._unfinished.remove(read)  # set aside after it had begun
             self._give_back(read)
             self._changed.notify()
         read.set_exception(CancelledError("readers: abandoned"))
 
-    def running(self, read: Read) -> bool:
-        """Whether a thread is at it now."""
-        return read in self._running
+    def in_flight(self, read: Read) -> int:
+        """How many threads are at it now."""
+        return read._threads
 
     @property
     def waiting(self) -> int:
@@ -164,14 +188,14 @@ class Readers:
         """
         with self._changed:
             self._closed = True
-            left = [read for read in self._unfinished if read._waits]
+            left = [read for read in self._unfinished if read._waits and not read._threads]
             self._unfinished.difference_update(left)
             self._waiting.clear()
             self._changed.notify_all()
         for read in left:
             if read.cancel():
                 read.set_running_or_notify_cancel()
-            else:  # set aside after it had started
+            else:  # set aside after it had begun
                 read.set_exception(CancelledError("readers: closed while reading"))
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
@@ -183,9 +207,8 @@ class Readers:
 
     def _push(self, read: Read) -> None:
         """Into the queue, where it was submitted among the reads of its class."""
-        read._waits = True
         heapq.heappush(self._waiting, (read.priority, read._number, read))
-        self._changed.notify()
+        self._changed.notify(max(len(read._pieces), 1))
 
     def _tidy(self) -> None:
         """Takes cancelled reads, and places that reads have left for better ones, from the head of the queue."""
@@ -200,38 +223,38 @@ class Readers:
             heapq.heappop(self._waiting)
 
     def _num_waiting(self) -> int:
-        left = {r for _, _, r in self._waiting if r._waits and not r.cancelled()}
+        left = {r for _, _, r in self._waiting if r._waits and not r._threads and not r.cancelled()}
         return len(left & self._unfinished)
 
     def _work(self) -> None:
-        while (read := self._next()) is not None:
-            self._advance(read)
+        while (taken := self._next()) is not None:
+            self._advance(*taken)
 
-    def _next(self) -> Read | None:
-        """The most urgent read that has a buffer or can have one, the oldest of them; None when there will be none."""
+    def _next(self) -> tuple[Read, Any] | None:
+        """A piece of the most urgent read that has a buffer or can have one, the oldest of them (None as its piece:
+        there is nothing to read); None when there will be none.
+        """
         with self._changed:
             while not self._closed:
                 self._tidy()
                 if not self._waiting or not self._may_go_on(self._waiting[0][2]):
                     self._changed.wait()
                     continue
-                if not self._can_begin(self._waiting[0][2]):
+                read = self._waiting[0][2]
+                if not self._can_begin(read):
                     # There are more buffers than other threads: some are with reads that were set aside.
-                    first = min(at for at in self._waiting if at[2]._buffer is not None and at[2]._waits)
-                    self._waiting.remove(first)
-                    heapq.heapify(self._waiting)
-                    read = first[2]
-                else:
-                    read = heapq.heappop(self._waiting)[2]
+                    read = min(at for at in self._waiting if at[2]._buffer is not None and at[2]._waits)[2]
                 if not read._begun:
                     if not read.set_running_or_notify_cancel():  # cancelled just now
                         self._unfinished.remove(read)
                         continue
                     read._begun = True
                     read._buffer = read._own or self._free.pop()
-                read._waits = False
+                piece = read._pieces.popleft() if read._pieces else None
+                read._waits = bool(read._pieces)  # else its place in the queue is passed over
+                read._threads += 1
                 self._running.add(read)
-                return read
+                return read, piece
             return None
 
     def _can_begin(self, read: Read) -> bool:
@@ -248,46 +271,46 @@ class Readers:
         """Whether the disk is this read's now."""
         if read.priority == Priority.DEMAND:
             return True
-        others = self._running - {read}
-        return len(others) < self._behind and not any(r.priority == Priority.DEMAND for r in others)
+        if any(other.priority == Priority.DEMAND for other in self._running):
+            return False
+        return sum(other._threads for other in self._running) < self._behind
 
-    def _advance(self, read: Read) -> None:
-        """Reads until the read has ended or is set aside."""
+    def _advance(self, read: Read, piece: Any) -> None:
+        """Reads a piece, and ends the read when it was the last one."""
         assert read._buffer is not None
-        failure: BaseException | None = None
+        nbytes, failure = 0, None
         try:
-            if read._steps is None:
-                read._steps = self._source.steps(read.layer, read.expert, read._buffer)
-            for nbytes in read._steps:
-                read.bytes_read += nbytes
-                if self._set_aside(read):
-                    return
-            if read._own is None:
-                self._source.copy(read.layer, read.expert, read._buffer, read.into)
+            if piece is not None:
+                nbytes = self._source.read_piece(read.layer, read.expert, piece, read._buffer)
         except BaseException as error:  # for the one who waits for the read, whatever it is
             failure = error
         with self._changed:
+            read.bytes_read += nbytes
+            if failure is None and (self._closed or read._unwanted):
+                failure = CancelledError("readers: closed while reading" if self._closed else "readers: abandoned")
+            read._failure = read._failure or failure
+            if read._failure is not None:
+                read._waits = False
+            if read._waits or read._threads > 1:
+                read._threads -= 1
+                if not read._threads:
+                    self._running.remove(read)
+                return  # this thread takes the next piece
+        failure = read._failure
+        if failure is None:
+            try:
+                self._source.check(read.layer, read.expert)
+                if read._own is None:
+                    self._source.copy(read.layer, read.expert, read._buffer, read.into)
+            except BaseException as error:
+                failure = error
+        with self._changed:
+            read._threads -= 1
             self._running.remove(read)
             self._unfinished.remove(read)
             self._give_back(read)
-            self._changed.notify_all()  # others may go on
+            self._changed.notify(self._behind)  # others may go on
         if failure is None:
             read.set_result(read.into)
         else:
             read.set_exception(failure)
-
-    def _set_aside(self, read: Read) -> bool:
-        """After each piece: whether this thread has something better to do."""
-        with self._changed:
-            if self._closed or read._unwanted:
-                raise CancelledError("readers: closed while reading" if self._closed else "readers: abandoned")
-            self._tidy()
-            if self._may_go_on(read):
-                if not self._waiting or self._waiting[0][0] >= read.priority:
-                    return False
-                if not self._can_begin(self._waiting[0][2]):
-                    return False
-            self._running.remove(read)
-            self._push(read)
-            self._changed.notify_all()
-            return True

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..scheduler.residency.slots import Context, Place, Policy
 from .readers import Priority
+from .source import Source
 from .store_size import StoreSize
+from .wants import Outcome, Want
 
 EARLY = 8
 """Experts that are read at a time into empty slots: enough that the disk need not wait for the next call of `tend`."""
@@ -30,67 +32,6 @@ READ_TIMEOUT_S = 60.0
 
 class ExpertLate(RuntimeError):
     """The disk did not give an expert in time."""
-
-
-class Source(Protocol):
-    """Where experts that have no place are: a checkpoint, or a stand-in for tests."""
-
-    def fetch(self, layer: int, expert: int, place: int, priority: Priority) -> Future[Any]:
-        """Starts to write an expert of MoE layer `layer` into a place, whose contents are not used before the end.
-
-        The read raises what ends the visit, `expert_files.ExpertUnreadable`.
-        """
-        ...
-
-    def promote(self, read: Future[Any], priority: Priority) -> None:
-        """Makes a read more urgent."""
-        ...
-
-    def abandon(self, read: Future[Any]) -> None:
-        """Ends a read soon, if it has not ended: nobody wants it any more."""
-        ...
-
-    def nbytes(self, layer: int, expert: int) -> int:
-        """Bytes that are read for an expert."""
-        ...
-
-    def bytes_read(self, read: Future[Any]) -> int:
-        """How many of them there are already, of a read that has not ended."""
-        ...
-
-    def in_the_way(self, read: Future[Any]) -> int:
-        """For how many bytes of a read that has not ended a more urgent one waits, on average; 0: it may begin."""
-        ...
-
-    def close(self, timeout_s: float) -> None:
-        """Raises TimeoutError for reads that did not end."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Want:
-    """An expert that a layer to come will probably use: with what probability, and how urgent that is."""
-
-    layer: int
-    expert: int
-    chance: float
-    priority: Priority = Priority.NEXT_LAYER
-    by: Any = None
-    """Who says so, for `ExpertStore.heard`."""
-    ahead: int = 1
-    """How many layers before it that was said."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What became of a read ahead, or a part of that, in bytes: `nbytes` were read, and used or not. Of those used,
-    `hidden` had been read when the router asked; and a layer that needed others had to wait for `delay`.
-    """
-
-    nbytes: int = 0
-    used: bool = False
-    hidden: int = 0
-    delay: int = 0
 
 
 @dataclass(kw_only=True)
@@ -438,7 +379,6 @@ class ExpertStore:
 
     def _settle_behind(self) -> None:
         """What became of those that were read behind the layers."""
-        self._behind = [held for held in self._behind if self._held.get(held.at) is held]
         for held in list(self._behind):
             assert held.read is not None
             if held.read.done():
@@ -514,6 +454,8 @@ class ExpertStore:
         self._resident.discard(held.at)
         if held.read is not None and not held.read.done():
             self._source.abandon(held.read)
+        if held in self._behind:
+            self._behind.remove(held)
         if held in self._early:
             self._early.remove(held)
             assert held.read is not None

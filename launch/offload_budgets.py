@@ -244,7 +244,7 @@ def _table(
 
 def _slots(config: EngineConfig, blueprint: Blueprint, text: str, own: Own) -> int | None:
     """Experts that stay with this budget; None if it is too small."""
-    from ..engine.offload import plan_offload
+    from ..engine.offload_plan import plan_offload
 
     try:
         plan = plan_offload(_with(config, text), blueprint, own.ranks)
@@ -258,7 +258,7 @@ def suggestion(config: EngineConfig, blueprint: Blueprint, free: float) -> str |
     budget helps. Raises ValueError where experts cannot be read as they are needed.
     """
     from ..engine.memory import kv_blocks
-    from ..engine.offload import plan_offload
+    from ..engine.offload_plan import plan_offload
 
     size, length, total = blueprint.footprint, blueprint.max_model_len, own_experts(config, blueprint).nbytes
     one = -(-length // config.block_size) * config.block_size * size.kv_per_token

@@ -20,7 +20,7 @@ from . import offload_budgets, profile
 if TYPE_CHECKING:
     from ..engine.loader import Blueprint
     from ..engine.memory import Footprint
-    from ..engine.offload import OffloadPlan
+    from ..engine.offload_plan import OffloadPlan
 
 
 def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
@@ -56,7 +56,7 @@ def run(config: EngineConfig, args: argparse.Namespace | None = None) -> int:
 def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int:
     """The table; the exit code."""
     from ..engine.memory import kv_blocks
-    from ..engine.offload import plan_offload
+    from ..engine.offload_plan import plan_offload
 
     size = blueprint.footprint
     ranks, on_cpu = config.ep or 1, blueprint.device.type == "cpu"

@@ -14,7 +14,7 @@ from test_parity import generate, prompts, reference
 from test_tile_list import ROUTINGS, check
 from transformers import AutoModelForCausalLM
 
-from moeyard.engine import moe, offload
+from moeyard.engine import moe, offload_plan
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.device_experts import grouped_experts_of
 from moeyard.engine.engine import Engine
@@ -233,7 +233,7 @@ def test_an_engine_whose_experts_are_not_all_in_memory(tmp_path, monkeypatch):
     """As on a GPU: groups of experts as they come."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
     disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
-    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
+    monkeypatch.setattr(offload_plan, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
     path = tiny.save("gpt_oss", tmp_path / "model", num_hidden_layers=1)
     ids, groups = prompts(131, 1, longest=9), []
     engine = Engine(EngineConfig(model=str(path), expert_memory="60%", **OPTIONS))

@@ -12,7 +12,7 @@ from moeyard.engine.predict.base import Predictor, Rows
 from moeyard.engine.predict.depth import TRIAL_STEPS, Depth
 from moeyard.engine.predict.forecast import MOST_AHEAD, Forecast
 from moeyard.engine.predict.meter import Measured, Meter
-from moeyard.engine.store import Outcome
+from moeyard.engine.wants import Outcome
 
 TRIAL, REST, LONGEST, MOST = 4, 8, 64, 5
 

@@ -13,7 +13,7 @@ from test_look_ahead import Attention, Experts, spec_of
 from test_parity import generate, prompts, reference
 from torch import nn
 
-from moeyard.engine import moe, offload
+from moeyard.engine import moe, offload_plan
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.predict.base import Predictor, Rows
@@ -46,7 +46,7 @@ HASHED = {
 def unmeasured(monkeypatch):
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
     disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
-    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
+    monkeypatch.setattr(offload_plan, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
 
 
 def save(path, hashed: int):

@@ -16,7 +16,7 @@ from test_offload import MANY, NEW_TOKENS, OPTIONS, finish, logits_of, submit
 from test_parity import generate, prompts, reference
 
 from moeyard.engine import engine as engine_module
-from moeyard.engine import host_compute, miss_ways, moe, offload
+from moeyard.engine import host_compute, miss_ways, moe, offload_plan
 from moeyard.engine.config import EngineConfig, parse_budget
 from moeyard.engine.engine import Engine
 from moeyard.engine.host_experts import host_budget
@@ -46,7 +46,7 @@ def make(monkeypatch):
     """An engine whose experts have a host tier of a share of them, and whose misses cost that."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
     disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
-    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
+    monkeypatch.setattr(offload_plan, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
     engines, plan_offload = [], engine_module.plan_offload
 
     def planned(share, misses):
@@ -79,8 +79,8 @@ def test_tokens_are_the_same_and_only_the_others_are_read_from_files(share, case
     with caplog.at_level(logging.INFO, logger="moeyard.host_experts"):
         engine = make(path, share)
     host, files = engine._offload.source.host, engine._offload.source._files
-    read, steps = [], files.steps
-    monkeypatch.setattr(files, "steps", lambda layer, e, buffer: (read.append((layer, e)), steps(layer, e, buffer))[1])
+    read, read_piece = [], files.read_piece
+    monkeypatch.setattr(files, "read_piece", lambda *args: (read.append(args[:2]), read_piece(*args))[1])
     assert generate(engine, ids, NEW_TOKENS) == expected
     assert engine.stats(with_experts=False).expert_misses > 0
     everyone = {(layer, e) for layer, n in enumerate(files.num_experts_L) for e in range(n)}

@@ -19,7 +19,7 @@ from moeyard.engine.config import EngineConfig
 from moeyard.engine.expert_files import BLOCK, PIECE_BYTES, ExpertFiles
 from moeyard.engine.loader import draw
 from moeyard.engine.measure_disk import IN_FLIGHT, disk_constants, disk_of, measure_disk
-from moeyard.engine.offload import plan_offload
+from moeyard.engine.offload_plan import plan_offload
 from moeyard.scheduler.cost import LinkCost
 from moeyard.scheduler.offload_cost import DiskCost
 

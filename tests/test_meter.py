@@ -9,7 +9,7 @@ from moeyard.engine.messages import Stats
 from moeyard.engine.predict import meter as meter_module
 from moeyard.engine.predict.base import Predictor, Rows
 from moeyard.engine.predict.meter import HALF_LIFE, Measured, Meter, Switch, add_up
-from moeyard.engine.store import Outcome
+from moeyard.engine.wants import Outcome
 from moeyard.launch.totals import Totals
 
 # The switch

@@ -12,7 +12,7 @@ import tiny
 import torch
 from test_parity import generate, prompts, reference
 
-from moeyard.engine import expert_files, moe, offload
+from moeyard.engine import expert_files, moe, offload_plan
 from moeyard.engine.checkpoint import Checkpoint
 from moeyard.engine.config import RESIDENCY, EngineConfig
 from moeyard.engine.engine import Engine
@@ -70,7 +70,7 @@ def alike(monkeypatch):
     """Starts compute alike without measuring."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
     disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
-    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
+    monkeypatch.setattr(offload_plan, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
 
 
 def one_per_layer(engine):
@@ -203,7 +203,7 @@ def test_experts_are_read_into_their_places(kernel, shard, make, tmp_path, monke
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from moeyard.engine import moe, offload
+from moeyard.engine import moe, offload_plan
 from moeyard.engine.checkpoint import Checkpoint
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
@@ -293,7 +293,9 @@ class Adversary(Predictor):
 
 @pytest.mark.parametrize("memory", ["50%", "25%", "6.3%"])
 def test_wrong_predictions_change_no_token(memory, qwen, make, monkeypatch):
-    monkeypatch.setattr(offload, "predictors_for", lambda option, digest, *shape: Chosen(trained=[Adversary(*shape)]))
+    monkeypatch.setattr(
+        offload_plan, "predictors_for", lambda option, digest, *shape: Chosen(trained=[Adversary(*shape)])
+    )
     engine = make(qwen.path, memory)
     assert generate(engine, qwen.ids, NEW_TOKENS) == qwen.expected
     stats, size = engine.stats(with_experts=False), engine._offload.plan.size
@@ -327,7 +329,7 @@ def test_who_knows_the_future_reads_all_of_it_ahead_and_nothing_in_vain(qwen, ma
     recorder = known.record_routing()
     generate(known, qwen.ids[:1], NEW_TOKENS)
     prophet = Prophet(recorder.take(), 32)
-    monkeypatch.setattr(offload, "predictors_for", lambda *_: Chosen(others=[prophet]))
+    monkeypatch.setattr(offload_plan, "predictors_for", lambda *_: Chosen(others=[prophet]))
     engine = make(qwen.path, "25%", residency="default")
     assert generate(engine, qwen.ids[:1], NEW_TOKENS) == qwen.expected[:1]
     stats = engine.stats(with_experts=False)

@@ -14,7 +14,7 @@ from test_offload import Prophet
 from test_parity import prompts, reference
 from test_ranks import facts_of, make_engine, run_until_done, shared_out, submit
 
-from moeyard.engine import measure_disk, offload
+from moeyard.engine import measure_disk, offload_plan
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.group import RankLost
 from moeyard.engine.messages import Placed
@@ -94,7 +94,7 @@ def make(group, path, loads=None, **options):
 
     moe.few_rows_of = four
     measure.measure = constants
-    offload.disk_constants = disk_constants
+    offload_plan.disk_constants = disk_constants
     return make_engine(group, path, loads, **{**OPTIONS, **options})
 
 
@@ -268,8 +268,8 @@ def in_host_memory(group, path, by_rank, tables):
     finally:
         engine_module.plan_offload = plan_offload
     source, read = engine._offload.source, []
-    steps = source._files.steps
-    source._files.steps = lambda layer, expert, buffer: read.append((layer, expert)) or steps(layer, expert, buffer)
+    read_piece = source._files.read_piece
+    source._files.read_piece = lambda *args: read.append(args[:2]) or read_piece(*args)
     out = submit(engine, by_rank[group.position], NEW_TOKENS)
     run_until_done(engine, out, before_step=lambda step: engine.place(1, tables) if step == 4 else None)
     here = {(layer, expert) for layer in range(3) for expert in range(32) if (layer, expert) in source.host}
@@ -356,14 +356,14 @@ def foresee(group, path, by_rank, options):
     chosen = Chosen()
     if topk is not None:
         chosen = Chosen(trained=[LiveNextUse(trained_on(topk, path))], others=[Prophet(topk, 32)])
-    results, predictors_for = [], offload.predictors_for
+    results, predictors_for = [], offload_plan.predictors_for
     for predictor in ("none", "auto"):
         group.progress.step, group.epoch = 0, group.epoch + 1
         try:
-            offload.predictors_for = lambda option, *args: chosen if option == "auto" else Chosen()
+            offload_plan.predictors_for = lambda option, *args: chosen if option == "auto" else Chosen()
             engine = make(group, path, expert_memory="60%", predictor=predictor, **options)
         finally:
-            offload.predictors_for = predictors_for
+            offload_plan.predictors_for = predictors_for
         store, kept = engine._offload.store, []
         visit = store.visit
 
@@ -530,7 +530,7 @@ def test_a_file_that_is_removed_while_serving_ends_the_requests_of_all_ranks(wor
 
 def test_each_rank_gets_its_share(checkpoints, capsys, monkeypatch):
     monkeypatch.setattr(machine, "read_rate", lambda device: 1e9)
-    monkeypatch.setattr(offload, "disk_constants", disk_constants)
+    monkeypatch.setattr(offload_plan, "disk_constants", disk_constants)
     monkeypatch.setattr(measure_disk, "CASE_S", 0.0)
     path = checkpoints("qwen3_moe")
     base = {"model": str(path), "dtype": "float32", "device": "cpu", "kv_memory": "1MiB", "expert_memory": "25%"}

@@ -17,7 +17,7 @@ from moeyard.engine.checkpoint import Checkpoint
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.engine.loader import draw
-from moeyard.engine.offload import plan_offload
+from moeyard.engine.offload_plan import plan_offload
 from moeyard.launch import machine, offload_budgets, plan, profile
 from moeyard.launch.plan import run
 from moeyard.scheduler.cost import ExpertCost, LinkCost, RankConstants

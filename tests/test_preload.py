@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from test_parity import generate, prompts, reference
 from test_store import EVENTS, EXPERTS, LAYERS, Fake, run
 
-from moeyard.engine import constants, moe, offload, usage
+from moeyard.engine import constants, moe, offload_plan, usage
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
-from moeyard.engine.offload import POLICIES
+from moeyard.engine.offload_plan import POLICIES
 from moeyard.engine.readers import Priority
-from moeyard.engine.store import ExpertStore, Want
+from moeyard.engine.store import ExpertStore
+from moeyard.engine.wants import Want
 from moeyard.scheduler.cost import LinkCost
 from moeyard.scheduler.offload_cost import DiskCost
 from moeyard.scheduler.residency.preload import preload_order
@@ -34,7 +35,7 @@ def home(monkeypatch, tmp_path):
     """A cache of its own, and nothing is measured for it."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
     disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
-    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
+    monkeypatch.setattr(offload_plan, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
     monkeypatch.setattr(constants, "directory", lambda: tmp_path / "cache" / "constants")
     return tmp_path / "cache" / "usage"
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_parity import generate, prompts, reference
 
-from moeyard.engine import moe, offload
+from moeyard.engine import moe, offload_plan
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
 from moeyard.kernels.quantised import FORMATS, FP8, INT4, MXFP4, Format
@@ -74,7 +74,7 @@ def alike(monkeypatch):
     """Starts compute alike without measuring."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
     disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
-    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
+    monkeypatch.setattr(offload_plan, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])

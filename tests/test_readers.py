@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
 
@@ -33,20 +33,26 @@ class Gated:
     """A source whose every piece waits until the test lets it be read, and which writes down what was read."""
 
     def __init__(self, pieces: int = 1):
-        self.pieces = pieces
+        self.count = pieces
+        self.checked: list[int] = []
         self.read: list[tuple[int, int]] = []
         self.allowed = threading.Semaphore(0)
         self.begun = threading.Semaphore(0)
         self.fail: set[int] = set()
 
-    def steps(self, layer: int, expert: int, buffer: AlignedBuffer) -> Iterator[int]:
-        for piece in range(self.pieces):
-            self.begun.release()
-            assert self.allowed.acquire(timeout=BOUND_S)
-            if expert in self.fail:
-                raise ExpertUnreadable(Path("a.safetensors"), layer, expert, "is no longer there")
-            self.read.append((expert, piece))
-            yield 1
+    def pieces(self, layer: int, expert: int) -> Sequence[int]:
+        return range(self.count)
+
+    def read_piece(self, layer: int, expert: int, piece: int, buffer: AlignedBuffer) -> int:
+        self.begun.release()
+        assert self.allowed.acquire(timeout=BOUND_S)
+        if expert in self.fail:
+            raise ExpertUnreadable(Path("a.safetensors"), layer, expert, "is no longer there")
+        self.read.append((expert, piece))
+        return 1
+
+    def check(self, layer: int, expert: int) -> None:
+        self.checked.append(expert)
 
     def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None:
         into["expert"].copy_(torch.tensor([layer, expert]))
@@ -181,30 +187,23 @@ def test_reads_are_set_aside_while_buffers_are_free(spare: int, order: str) -> N
     readers.close()
 
 
-def test_of_two_set_aside_for_one_buffer_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Gated(pieces=2)
-    readers = readers_of(source, threads=2, spare=1, behind=2)
-    reads = [readers.submit(0, expert, room(), Priority.BACKGROUND) for expert in (0, 1)]
+def test_one_that_was_set_aside_goes_on_where_demand_has_no_buffer() -> None:
+    source = Gated(pieces=4)
+    readers = readers_of(source, threads=2, spare=0, behind=2)
+    aside = readers.submit(0, 0, room(), Priority.BACKGROUND)
+    for _ in range(2):
+        source.wait_for_a_read()
+    first, second = (readers.submit(0, expert, room()) for expert in (1, 2))
+    for _ in range(4):
+        source.allow()
+        source.wait_for_a_read()
+    assert readers.in_flight(first) == 2 and not readers.in_flight(aside)
+    source.allow()
     source.wait_for_a_read()
-    source.wait_for_a_read()
-    reads += [readers.submit(0, expert, room()) for expert in (2, 3)]
-    both, after = threading.Barrier(2, timeout=BOUND_S), readers._next
-    left = threading.Semaphore(2)
-
-    def together() -> Read | None:
-        if left.acquire(blocking=False):
-            both.wait()  # until the other one is set aside, too
-        return after()
-
-    monkeypatch.setattr(readers, "_next", together)
-    source.allow(2)
-    source.wait_for_a_read()
-    source.wait_for_a_read()
-    assert sorted(source.read) == [(0, 0), (1, 0)]
-    assert [read._waits for read in reads] == [False, True, False, True]  # the last one has no buffer yet
-    source.allow(6)
-    assert not wait(reads, BOUND_S).not_done
-    assert sorted(source.read) == [(e, i) for e in range(4) for i in range(2)]
+    assert readers.in_flight(first) == readers.in_flight(aside) == 1 and not readers.in_flight(second)
+    source.allow(12)
+    assert not wait([aside, first, second], BOUND_S).not_done
+    assert sorted(source.read) == [(e, i) for e in range(3) for i in range(4)]
     readers.close()
 
 
@@ -256,6 +255,48 @@ def test_several_are_in_flight() -> None:
     assert readers.waiting == 2 and not source.read
     source.allow(5)
     assert not wait(reads, BOUND_S).not_done
+    readers.close()
+
+
+def test_threads_share_the_pieces_of_one_read_and_then_of_the_next() -> None:
+    source = Gated(pieces=3)
+    readers = readers_of(source, threads=2)
+    first, second = (readers.submit(0, expert, room()) for expert in (0, 1))
+    for _ in range(2):
+        source.wait_for_a_read()
+    assert readers.in_flight(first) == 2 and not readers.in_flight(second)
+    source.allow()
+    source.wait_for_a_read()
+    assert readers.in_flight(first) == 2 and not readers.in_flight(second)
+    source.allow()
+    source.wait_for_a_read()
+    assert readers.in_flight(first) == readers.in_flight(second) == 1 and not source.checked
+    source.allow(4)
+    assert first.result(BOUND_S)["expert"].tolist() == [0, 0]
+    assert second.result(BOUND_S)["expert"].tolist() == [0, 1]
+    assert sorted(source.read) == [(e, i) for e in range(2) for i in range(3)] and sorted(source.checked) == [0, 1]
+    readers.close()
+
+
+@pytest.mark.parametrize("end", ["fails", "is abandoned"])
+def test_a_read_at_which_several_are_ends_when_the_last_of_them_does(end: str) -> None:
+    source = Gated(pieces=4)
+    readers = readers_of(source, threads=2)
+    read = readers.submit(0, 1, room())
+    for _ in range(2):
+        source.wait_for_a_read()
+    if end == "fails":
+        source.fail = {1}
+    else:
+        readers.abandon(read)
+    source.allow()
+    readers.submit(0, 2, room())
+    source.wait_for_a_read()  # of the other one
+    assert not read.done()
+    source.allow(9)
+    assert isinstance(read.exception(BOUND_S), ExpertUnreadable if end == "fails" else CancelledError)
+    assert not read.into["expert"].any() and source.checked in ([], [2])
+    assert not [at for at in source.read if at[0] == 1 and at[1] > 1]
     readers.close()
 
 

@@ -16,7 +16,7 @@ from moeyard.engine.predict.meter import TRIAL_STEPS, Meter
 from moeyard.engine.predict.notes import NoteFormat
 from moeyard.engine.predict.shared_forecast import SharedForecast
 from moeyard.engine.readers import Priority
-from moeyard.engine.store import Outcome, Want
+from moeyard.engine.wants import Outcome, Want
 
 LAYERS, EXPERTS, DEPTH = 3, 6, 2
 EVEN = np.arange(EXPERTS) % 2 == 0

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from moeyard.engine import store as store_module
 from moeyard.engine.config import parse_budget
 from moeyard.engine.expert_files import AlignedBuffer
-from moeyard.engine.offload import POLICIES
+from moeyard.engine.offload_plan import POLICIES
 from moeyard.engine.readers import Priority, Readers
-from moeyard.engine.store import ExpertLate, ExpertStore, Outcome, Want
+from moeyard.engine.store import ExpertLate, ExpertStore
 from moeyard.engine.store_size import READS_IN_FLIGHT, StoreSize, share_out
+from moeyard.engine.wants import Outcome, Want
 from moeyard.scheduler.residency.slots import Budget, Context
 
 LAYERS, EXPERTS = 3, 8
@@ -36,7 +37,10 @@ class Fake:
         buffers = [AlignedBuffer(1) for _ in range(size.buffers)]
         self.readers = Readers(self, buffers, threads=size.readers)
 
-    def steps(self, layer, expert, buffer):
+    def pieces(self, layer, expert):
+        return [0]
+
+    def read_piece(self, layer, expert, piece, buffer):
         with self._lock:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -49,7 +53,10 @@ class Fake:
         finally:
             with self._lock:
                 self.in_flight -= 1
-        yield SIZE
+        return SIZE
+
+    def check(self, layer, expert):
+        pass
 
     def copy(self, layer, expert, buffer, into):
         self.contents[into["place"]] = (layer, expert)
@@ -71,7 +78,7 @@ class Fake:
         return self.at_hand
 
     def in_the_way(self, read):
-        return 2 if self.readers.running(read) else 0
+        return 2 * self.readers.in_flight(read)
 
     def close(self, timeout_s):
         self.readers.close(timeout_s)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..readers import Priority
-from ..store import Outcome, Want
+from ..wants import Outcome, Want
 from .base import Floats, Predictor, Rows
 from .depth import Depth
 from .meter import Meter

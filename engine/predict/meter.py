@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..store import Outcome
+from ..wants import Outcome
 from .base import Array, Floats, Predictor, Rows
 
 TRIAL_STEPS = 32

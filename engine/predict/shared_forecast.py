@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..readers import Priority
-from ..store import Outcome, Want
+from ..wants import Outcome, Want
 from .base import Array, Floats, Rows
 from .forecast import DEPTH, Forecast
 from .meter import Meter
