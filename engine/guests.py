@@ -41,7 +41,7 @@ class Cutter:
 
     def __init__(self, pool: ExpertPool, gate: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._pool = pool
-        self.width = pool.width
+        self.width = pool.down_SDI.shape[2] if pool.format is None else pool.width
         # Scales are of many columns: a part of quantised weights would not have the values of the whole.
         self.layout = _layout(gate, pool.up_SND.shape[1], self.width) if pool.format is None else ""
 
@@ -56,18 +56,18 @@ class Cutter:
 
     def pack(self, slot: int, part: int = 0, parts: int = 1) -> torch.Tensor:
         """A copy of a slot's weights, or a part of them, as bytes."""
-        weights = self._pool.weights(slot)
-        if self._pool.format is not None:
+        pool = self._pool
+        if pool.format is not None:
             assert parts == 1
-            packed = torch.empty(self.nbytes(), dtype=torch.uint8, device=self._pool.up_SND.device)
-            for place, tensor in zip(self._views(packed), self._pool.tensors(slot), strict=True):
+            packed = torch.empty(self.nbytes(), dtype=torch.uint8, device=pool.up_SND.device)
+            for place, tensor in zip(self._views(packed), pool.tensors(slot), strict=True):
                 place.copy_(tensor)
             return packed
         whole = Guest(
-            up_ND=weights.up_PND[0],
-            down_DI=weights.down_DI,
-            up_bias_N=weights.up_bias_N,
-            down_bias_D=weights.down_bias_D,
+            up_ND=pool.up_SND[slot],
+            down_DI=pool.down_SDI[slot],
+            up_bias_N=pool.up_bias_SN[slot] if pool.up_bias_SN is not None else None,
+            down_bias_D=pool.down_bias_SD[slot] if pool.down_bias_SD is not None else None,
         )
         return self._pack(whole, part, parts)
 

@@ -1,36 +1,55 @@
 """Rows of quantised matrices as float32 or bfloat16, for the compiled kernels.
 
-Loops over these vectorise. What a value stands for is worked out in float32, as `QuantisedMatrix.dequantise` does, and
-is the same to the bit.
+What a value stands for is worked out in float32 and rounded as `QuantisedMatrix.dequantise` does it, the same to the bit.
+A chunk of two registers' values is written as LLVM code, as numba's own loops do not find the instruction that rounds
+two registers of float32 to one of bfloat16, nor keep pairs of 4-bit values in one lane.
 """
 
 import llvmlite.ir as ir
 import numpy as np
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .quantised import FP8, INT4, INT8
+from .quantised import FP4, FP8, INT4, INT8
 from .scalars import get_float32, get_int8, get_uint8, put_bfloat16, put_float32
-from .tile import FLOAT32
+from .tile import BFLOAT16, FLOAT32, HAS_BFLOAT16_DOT, LANES
 
-_I32, _F32 = ir.IntType(32), ir.FloatType()
+CHUNK = 2 * LANES
+"""Values that are decoded at a time."""
+
+_I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
-def _i32(n):
-    return ir.Constant(_I32, n)
+def _constant(like, n):
+    """A constant of the type of a value, in all its lanes."""
+    kind = like.type
+    return ir.Constant(kind, [n] * kind.count) if isinstance(kind, ir.VectorType) else ir.Constant(kind, n)
+
+
+def _as(like, element):
+    return ir.VectorType(element, like.type.count) if isinstance(like.type, ir.VectorType) else element
 
 
 def _small_float(builder, bits, mantissa, bias, sign):
-    """The float32 of a float of few bits in an i32: its sign is bit `sign`, its exponent and mantissa those below."""
-    magnitude = builder.and_(bits, _i32((1 << sign) - 1))
-    moved = builder.shl(magnitude, _i32(23 - mantissa))
-    normal = builder.bitcast(builder.add(moved, _i32((127 - bias) << 23)), _F32)
-    least = ir.Constant(_F32, 2.0 ** (1 - bias - mantissa))
-    subnormal = builder.fmul(builder.uitofp(magnitude, _F32), least)
-    is_small = builder.icmp_unsigned("<", magnitude, _i32(1 << mantissa))
-    value = builder.bitcast(builder.select(is_small, subnormal, normal), _I32)
-    negative = builder.shl(builder.and_(bits, _i32(1 << sign)), _i32(31 - sign))
-    return builder.bitcast(builder.or_(value, negative), _F32), magnitude
+    """The float32 of floats of few bits in lanes of 32 bits: the sign is bit `sign`, exponent and mantissa are below."""
+
+    def i32(n):
+        return _constant(bits, n)
+
+    floats, lanes = _as(bits, _F32), bits.type
+    magnitude = builder.and_(bits, i32((1 << sign) - 1))
+    moved = builder.shl(magnitude, i32(23 - mantissa))
+    normal = builder.bitcast(builder.add(moved, i32((127 - bias) << 23)), floats)
+    whole = builder.sitofp(magnitude, floats)
+    subnormal = builder.fmul(whole, _constant(whole, 2.0 ** (1 - bias - mantissa)))
+    is_small = builder.icmp_unsigned("<", magnitude, i32(1 << mantissa))
+    value = builder.select(is_small, subnormal, normal)
+    if sign == 7:
+        nan = builder.icmp_unsigned("==", magnitude, i32(0x7F))
+        value = builder.select(nan, _constant(whole, float("nan")), value)
+    negative = builder.shl(builder.and_(bits, i32(1 << sign)), i32(31 - sign))
+    return builder.bitcast(builder.or_(builder.bitcast(value, lanes), negative), floats)
 
 
 @intrinsic
@@ -38,16 +57,14 @@ def _e4m3(typingctx, byte):
     """The float32 of an e4m3 byte."""
 
     def codegen(context, builder, signature, args):
-        value, magnitude = _small_float(builder, builder.zext(args[0], _I32), 3, 7, 7)
-        nan = builder.icmp_unsigned("==", magnitude, _i32(0x7F))
-        return builder.select(nan, ir.Constant(_F32, float("nan")), value)
+        return _small_float(builder, builder.zext(args[0], _I32), 3, 7, 7)
 
     return types.float32(types.uint8), codegen
 
 
 def _nibble(builder, byte, high):
-    wide = builder.zext(byte, _I32)
-    return builder.lshr(wide, _i32(4)) if high else builder.and_(wide, _i32(15))
+    wide = builder.zext(byte, _as(byte, _I32))
+    return builder.lshr(wide, _constant(wide, 4)) if high else builder.and_(wide, _constant(wide, 15))
 
 
 def _half(high, decode):
@@ -62,11 +79,14 @@ def _half(high, decode):
 
 
 def _e2m1(builder, bits):
-    return _small_float(builder, bits, 1, 1, 3)[0]
+    return _small_float(builder, bits, 1, 1, 3)
 
 
-_e2m1_low, _e2m1_high = _half(False, _e2m1), _half(True, _e2m1)
-_int4_low, _int4_high = (_half(high, lambda builder, bits: builder.uitofp(bits, _F32)) for high in (False, True))
+def _int4(builder, bits):
+    return builder.sitofp(bits, _as(bits, _F32))
+
+
+_e2m1_low, _e2m1_high, _int4_low, _int4_high = (_half(high, f) for f in (_e2m1, _int4) for high in (False, True))
 
 
 @intrinsic
@@ -75,52 +95,139 @@ def _e8m0(typingctx, byte):
 
     def codegen(context, builder, signature, args):
         wide = builder.zext(args[0], _I32)
-        bits = builder.shl(wide, _i32(23))
-        bits = builder.select(builder.icmp_unsigned("==", wide, _i32(0)), _i32(0x00400000), bits)
-        bits = builder.select(builder.icmp_unsigned("==", wide, _i32(255)), _i32(0x7FC00000), bits)
+        bits = builder.shl(wide, _constant(wide, 23))
+        for byte, special in ((0, 0x00400000), (255, 0x7FC00000)):
+            found = builder.icmp_unsigned("==", wide, _constant(wide, byte))
+            bits = builder.select(found, _constant(wide, special), bits)
         return builder.bitcast(bits, _F32)
 
     return types.float32(types.uint8), codegen
 
 
+def _round(builder, a, b, pairs):
+    """Two registers of float32 as one of bfloat16: one after the other, or with `pairs` in turn."""
+    one_after_the_other = [*range(CHUNK)]
+    in_turn = [lane + LANES * odd for lane in range(LANES) for odd in (0, 1)]
+    halves = ir.VectorType(_I16, CHUNK)
+    if HAS_BFLOAT16_DOT:
+        # Older spelling of the result, as in tile.py.
+        name, form = "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.FunctionType(halves, [a.type, a.type])
+        both = builder.call(cgutils.get_or_insert_function(builder.module, form, name), [b, a])
+        return builder.shuffle_vector(both, both, _order(in_turn)) if pairs else both
+    rounded = []
+    for value in (a, b):
+        bits = builder.bitcast(value, ir.VectorType(_I32, LANES))
+        odd = builder.and_(builder.lshr(bits, _constant(bits, 16)), _constant(bits, 1))
+        up = builder.add(bits, builder.add(odd, _constant(bits, 0x7FFF)))
+        nan = builder.fcmp_unordered("uno", value, value)
+        up = builder.select(nan, builder.or_(bits, _constant(bits, 0x400000)), up)
+        rounded.append(builder.bitcast(up, halves))
+    order = in_turn if pairs else one_after_the_other
+    return builder.shuffle_vector(*rounded, _order([2 * lane + 1 for lane in order]))
+
+
+def _order(lanes):
+    return ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
+
+
+def _chunk(form: int, kind: int):
+    """Intrinsic that decodes CHUNK values from address `values` on, of one group, to address `out`."""
+
+    def load(builder, base, index):
+        vector = ir.VectorType(_I8, LANES)
+        pointer = builder.inttoptr(base, vector.as_pointer())
+        return builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), index)]), align=1)
+
+    def codegen(context, builder, signature, args):
+        values, scale, zero, out = args
+        packed = form in (INT4, FP4)
+        if packed:
+            both = load(builder, values, 0)
+            decode = _int4 if form == INT4 else _e2m1
+            parts = [decode(builder, _nibble(builder, both, high)) for high in (False, True)]
+        elif form == INT8:
+            wide = [builder.sext(load(builder, values, i), ir.VectorType(_I32, LANES)) for i in (0, 1)]
+            parts = [builder.sitofp(part, ir.VectorType(_F32, LANES)) for part in wide]
+        else:
+            wide = [builder.zext(load(builder, values, i), ir.VectorType(_I32, LANES)) for i in (0, 1)]
+            parts = [_small_float(builder, part, 3, 7, 7) for part in wide]
+
+        def splat(value):
+            none = ir.Constant(ir.VectorType(_F32, LANES), ir.Undefined)
+            one = builder.insert_element(none, value, ir.Constant(_I32, 0))
+            return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+
+        if form == INT4:
+            parts = [builder.fsub(part, splat(zero)) for part in parts]
+        a, b = (builder.fmul(part, splat(scale)) for part in parts)
+        if kind == BFLOAT16:
+            rounded = _round(builder, a, b, packed)
+            builder.store(rounded, builder.inttoptr(out, rounded.type.as_pointer()), align=2)
+        else:
+            if packed:
+                lanes = [lane + LANES * odd for lane in range(LANES) for odd in (0, 1)]
+                a, b = (
+                    builder.shuffle_vector(a, b, _order(lanes[at : at + LANES])) for at in (0, LANES)
+                )
+            pointer = builder.inttoptr(out, a.type.as_pointer())
+            builder.store(a, pointer, align=4)
+            builder.store(b, builder.gep(pointer, [ir.Constant(ir.IntType(64), 1)]), align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def chunk(typingctx, values, scale, zero, out):
+        return types.void(types.int64, types.float32, types.float32, types.int64), codegen
+
+    return chunk
+
+
+_CHUNKS = {(form, kind): _chunk(form, kind) for form in (INT8, FP8, INT4, FP4) for kind in (FLOAT32, BFLOAT16)}
+_int8_32, _int8_16 = _CHUNKS[INT8, FLOAT32], _CHUNKS[INT8, BFLOAT16]
+_fp8_32, _fp8_16 = _CHUNKS[FP8, FLOAT32], _CHUNKS[FP8, BFLOAT16]
+_int4_32, _int4_16 = _CHUNKS[INT4, FLOAT32], _CHUNKS[INT4, BFLOAT16]
+_fp4_32, _fp4_16 = _CHUNKS[FP4, FLOAT32], _CHUNKS[FP4, BFLOAT16]
+
+
 @njit
-def _put_group(form, kind, values, count, scale, zero, out):
-    """`count` values from address `values` on, all of one group, written to `out`."""
-    if form == INT8:
-        if kind == FLOAT32:
-            for i in range(count):
-                put_float32(out, i, np.float32(get_int8(values, i)) * scale)
+def _put_chunks(form, kind, values, chunks, scale, zero, out):
+    """As many whole chunks."""
+    if kind == FLOAT32:
+        if form == INT8:
+            for c in range(chunks):
+                _int8_32(values + c * CHUNK, scale, zero, out + 4 * c * CHUNK)
+        elif form == FP8:
+            for c in range(chunks):
+                _fp8_32(values + c * CHUNK, scale, zero, out + 4 * c * CHUNK)
+        elif form == INT4:
+            for c in range(chunks):
+                _int4_32(values + c * LANES, scale, zero, out + 4 * c * CHUNK)
         else:
-            for i in range(count):
-                put_bfloat16(out, i, np.float32(get_int8(values, i)) * scale)
+            for c in range(chunks):
+                _fp4_32(values + c * LANES, scale, zero, out + 4 * c * CHUNK)
+    elif form == INT8:
+        for c in range(chunks):
+            _int8_16(values + c * CHUNK, scale, zero, out + 2 * c * CHUNK)
     elif form == FP8:
-        if kind == FLOAT32:
-            for i in range(count):
-                put_float32(out, i, _e4m3(get_uint8(values, i)) * scale)
-        else:
-            for i in range(count):
-                put_bfloat16(out, i, _e4m3(get_uint8(values, i)) * scale)
+        for c in range(chunks):
+            _fp8_16(values + c * CHUNK, scale, zero, out + 2 * c * CHUNK)
     elif form == INT4:
-        if kind == FLOAT32:
-            for i in range(count // 2):
-                byte = get_uint8(values, i)
-                put_float32(out, 2 * i, (_int4_low(byte) - zero) * scale)
-                put_float32(out, 2 * i + 1, (_int4_high(byte) - zero) * scale)
-        else:
-            for i in range(count // 2):
-                byte = get_uint8(values, i)
-                put_bfloat16(out, 2 * i, (_int4_low(byte) - zero) * scale)
-                put_bfloat16(out, 2 * i + 1, (_int4_high(byte) - zero) * scale)
-    elif kind == FLOAT32:
-        for i in range(count // 2):
-            byte = get_uint8(values, i)
-            put_float32(out, 2 * i, _e2m1_low(byte) * scale)
-            put_float32(out, 2 * i + 1, _e2m1_high(byte) * scale)
+        for c in range(chunks):
+            _int4_16(values + c * LANES, scale, zero, out + 2 * c * CHUNK)
     else:
-        for i in range(count // 2):
-            byte = get_uint8(values, i)
-            put_bfloat16(out, 2 * i, _e2m1_low(byte) * scale)
-            put_bfloat16(out, 2 * i + 1, _e2m1_high(byte) * scale)
+        for c in range(chunks):
+            _fp4_16(values + c * LANES, scale, zero, out + 2 * c * CHUNK)
+
+
+@njit
+def _value(form, values, i):
+    if form == INT8:
+        return np.float32(get_int8(values, i))
+    if form == FP8:
+        return _e4m3(get_uint8(values, i))
+    byte = get_uint8(values, i // 2)
+    if form == INT4:
+        return _int4_high(byte) if i % 2 else _int4_low(byte)
+    return _e2m1_high(byte) if i % 2 else _e2m1_low(byte)
 
 
 @njit
@@ -139,4 +246,11 @@ def decode_row(form, exponents, kind, values, scales, zeros, columns, row_scale,
         count = min(columns, k - first)
         scale = _e8m0(get_uint8(scales, place + g)) if exponents else get_float32(scales, place + g)
         zero = np.float32(get_uint8(zeros, place + g)) if zeros else np.float32(0.0)
-        _put_group(form, kind, values + first // per_byte, count, scale, zero, out + first * size)
+        chunks = count // CHUNK
+        _put_chunks(form, kind, values + first // per_byte, chunks, scale, zero, out + first * size)
+        for i in range(first + chunks * CHUNK, first + count):
+            value = (_value(form, values, i) - zero) * scale
+            if kind == FLOAT32:
+                put_float32(out, i, value)
+            else:
+                put_bfloat16(out, i, value)

@@ -12,7 +12,11 @@ from test_parity import generate, prompts, reference
 from moeyard.engine import moe, offload_plan
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
+from moeyard.engine.loader import draw
+from moeyard.engine.quantised_layouts import layout_of
+from moeyard.engine.quantised_reader import check_quantised
 from moeyard.kernels.quantised import FORMATS, FP8, INT4, MXFP4, Format
+from moeyard.launch.plan import run as show_plan
 from moeyard.scheduler.cost import LinkCost
 from moeyard.scheduler.offload_cost import DiskCost
 
@@ -48,10 +52,11 @@ def checkpoints(tmp_path_factory):
     """Of an architecture, made once."""
     made = {}
 
-    def of(architecture):
-        if architecture not in made:
-            made[architecture] = tiny.save(architecture, tmp_path_factory.mktemp(architecture) / "plain")
-        return made[architecture]
+    def of(architecture, **changes):
+        key = architecture, *changes.items()
+        if key not in made:
+            made[key] = tiny.save(architecture, tmp_path_factory.mktemp(architecture) / "plain", **changes)
+        return made[key]
 
     return of
 
@@ -261,3 +266,81 @@ def test_published_checkpoints_can_be_dequantised(published, make):
     engine = make(published.path, expert_dtype="plain")
     assert generate(engine, published.ids, NEW_TOKENS) == published.expected
     assert engine._experts.layers[0].pool.format is None
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "says"),
+    [
+        ({"quant_method": "bitsandbytes"}, r"quantised \(bitsandbytes\), which is not supported"),
+        ({"quant_method": "fp8"}, r"\(fp8 without weight_block_size\)"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 8}, r"\(gptq of 8 bits\)"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, r"\(gptq in the format marlin\)"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, r"\(awq in the format gemv\)"),
+        ({}, r"quantised \(of no name\)"),
+    ],
+)
+def test_other_layouts_are_refused_by_name(quantisation, says):
+    with pytest.raises(ValueError, match=says + ".*use one of those or a plain checkpoint"):
+        layout_of(quantisation)
+
+
+def refused(path, **options):
+    with pytest.raises(ValueError) as error:
+        draw(EngineConfig(model=str(path), **{**OPTIONS, **options}), path)
+    return str(error.value)
+
+
+def test_what_cannot_be_is_refused_with_a_remedy(published, checkpoints):
+    assert "quantised already" in (says := refused(published.path, expert_dtype="int8")) and "plain" in says
+    odd = checkpoints("qwen3_moe", moe_intermediate_size=25)
+    says = refused(odd, expert_dtype="int4")
+    assert "int4 needs an even number of inputs, not 25; choose fp8 or int8" in says
+    dense = checkpoints("qwen3")
+    assert "this model has no experts; leave it out" in refused(dense, expert_dtype="fp8")
+    path = checkpoints("qwen3_moe")
+    blueprint = draw(EngineConfig(model=str(path), **OPTIONS, expert_dtype="fp8"), path)
+    with pytest.raises(ValueError, match="only the CPU's kernels compute with quantised experts.*--device cpu"):
+        check_quantised("fp8", blueprint.weights, blueprint.spec, torch.device("cuda"))
+
+
+def changed(path, to, change):
+    """A copy of a checkpoint whose tensors `change` has changed."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    to.mkdir()
+    for file in path.iterdir():
+        if file.suffix == ".json":
+            (to / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def test_damage_of_quantised_tensors_is_named(published, tmp_path, make):
+    names = [name for name in load_file(published.path / "model.safetensors") if "layers.1.mlp.experts" in name]
+    scales = next(name for name in names if "scale" in name and "down" in name)
+    says = refused(changed(published.path, tmp_path / "missing", lambda tensors: tensors.pop(scales)))
+    assert "checkpoint: " in says and "layers.1.mlp.experts" in says and "down_proj" in says
+    path = changed(published.path, tmp_path / "short", lambda tensors: tensors.update({scales: tensors[scales][:, :1]}))
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.*\(scales\)"):
+        make(path)
+
+
+def test_inputs_in_an_order_of_their_own_are_refused(tmp_path, checkpoints, make):
+    plain = checkpoints("qwen3_moe")
+    path = publish(plain, tmp_path / "gptq", PUBLISHED["gptq"][3], as_gptq)
+
+    def shuffle(tensors):
+        name = next(name for name in tensors if name.endswith("g_idx"))
+        tensors[name] = tensors[name].flip(0).contiguous()
+
+    with pytest.raises(ValueError, match="desc_act.*use a checkpoint that was made with desc_act false"):
+        make(changed(path, tmp_path / "shuffled", shuffle))
+
+
+def test_plan_counts_quantised_bytes(checkpoints, capsys):
+    path = checkpoints("qwen3_moe")
+    assert show_plan(EngineConfig(model=str(path), **OPTIONS, expert_dtype="int8")) == 0
+    out = capsys.readouterr().out
+    expert = 48 * 48 + 48 * 4 + 48 * 24 + 48 * 4
+    assert "experts in int8, on cpu" in out
+    assert f"{24 * expert / 1024:.3g} KiB" in out and f"{expert / 1024:.3g} KiB each" in out
