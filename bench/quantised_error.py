@@ -1,4 +1,4 @@
-"""What a model's experts lose when they are kept quantised: errors of weights and of outputs, on some of its experts."""
+"""What a model's experts lose when they are kept quantised: errors of weights and outputs, on some of its experts."""
 
 from __future__ import annotations
 
@@ -83,10 +83,7 @@ def format_errors(config: EngineConfig) -> list[FormatError]:
 def error_table(found: Sequence[FormatError]) -> str:
     """By format: the bytes of an expert and its errors."""
     plain = found[0].nbytes
-    rows = [
-        [e.name, f"{e.nbytes / plain:.3f}", f"{e.weights:.2%}", f"{e.outputs:.2%}"]
-        for e in found
-    ]
+    rows = [[e.name, f"{e.nbytes / plain:.3f}", f"{e.weights:.2%}", f"{e.outputs:.2%}"] for e in found]
     title = (
         "Experts kept quantised (--expert-dtype), against the checkpoint's own weights, on up to"
         f" {LAYERS * EXPERTS} experts:"

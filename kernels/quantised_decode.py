@@ -1,7 +1,7 @@
 """Rows of quantised matrices as float32 or bfloat16, for the compiled kernels.
 
-What a value stands for is worked out in float32 and rounded as `QuantisedMatrix.dequantise` does it, the same to the bit.
-A chunk of two registers' values is written as LLVM code, as numba's own loops do not find the instruction that rounds
+What a value stands for is worked out in float32 and rounded as `QuantisedMatrix.dequantise` does it, the same to the
+bit. A chunk of two registers' values is written as LLVM code, as numba's own loops do not find the instruction that rounds
 two registers of float32 to one of bfloat16, nor keep pairs of 4-bit values in one lane.
 """
 
@@ -32,7 +32,7 @@ def _as(like, element):
 
 
 def _small_float(builder, bits, mantissa, bias, sign):
-    """The float32 of floats of few bits in lanes of 32 bits: the sign is bit `sign`, exponent and mantissa are below."""
+    """The float32 of floats of few bits in lanes of 32: the sign is bit `sign`, exponent and mantissa are below."""
 
     def i32(n):
         return _constant(bits, n)
@@ -166,9 +166,7 @@ def _chunk(form: int, kind: int):
         else:
             if packed:
                 lanes = [lane + LANES * odd for lane in range(LANES) for odd in (0, 1)]
-                a, b = (
-                    builder.shuffle_vector(a, b, _order(lanes[at : at + LANES])) for at in (0, LANES)
-                )
+                a, b = (builder.shuffle_vector(a, b, _order(lanes[at : at + LANES])) for at in (0, LANES))
             pointer = builder.inttoptr(out, a.type.as_pointer())
             builder.store(a, pointer, align=4)
             builder.store(b, builder.gep(pointer, [ir.Constant(ir.IntType(64), 1)]), align=4)
@@ -179,43 +177,6 @@ def _chunk(form: int, kind: int):
         return types.void(types.int64, types.float32, types.float32, types.int64), codegen
 
     return chunk
-
-
-_CHUNKS = {(form, kind): _chunk(form, kind) for form in (INT8, FP8, INT4, FP4) for kind in (FLOAT32, BFLOAT16)}
-_int8_32, _int8_16 = _CHUNKS[INT8, FLOAT32], _CHUNKS[INT8, BFLOAT16]
-_fp8_32, _fp8_16 = _CHUNKS[FP8, FLOAT32], _CHUNKS[FP8, BFLOAT16]
-_int4_32, _int4_16 = _CHUNKS[INT4, FLOAT32], _CHUNKS[INT4, BFLOAT16]
-_fp4_32, _fp4_16 = _CHUNKS[FP4, FLOAT32], _CHUNKS[FP4, BFLOAT16]
-
-
-@njit
-def _put_chunks(form, kind, values, chunks, scale, zero, out):
-    """As many whole chunks."""
-    if kind == FLOAT32:
-        if form == INT8:
-            for c in range(chunks):
-                _int8_32(values + c * CHUNK, scale, zero, out + 4 * c * CHUNK)
-        elif form == FP8:
-            for c in range(chunks):
-                _fp8_32(values + c * CHUNK, scale, zero, out + 4 * c * CHUNK)
-        elif form == INT4:
-            for c in range(chunks):
-                _int4_32(values + c * LANES, scale, zero, out + 4 * c * CHUNK)
-        else:
-            for c in range(chunks):
-                _fp4_32(values + c * LANES, scale, zero, out + 4 * c * CHUNK)
-    elif form == INT8:
-        for c in range(chunks):
-            _int8_16(values + c * CHUNK, scale, zero, out + 2 * c * CHUNK)
-    elif form == FP8:
-        for c in range(chunks):
-            _fp8_16(values + c * CHUNK, scale, zero, out + 2 * c * CHUNK)
-    elif form == INT4:
-        for c in range(chunks):
-            _int4_16(values + c * LANES, scale, zero, out + 2 * c * CHUNK)
-    else:
-        for c in range(chunks):
-            _fp4_16(values + c * LANES, scale, zero, out + 2 * c * CHUNK)
 
 
 @njit
@@ -230,27 +191,58 @@ def _value(form, values, i):
     return _e2m1_high(byte) if i % 2 else _e2m1_low(byte)
 
 
+def _row(form: int, kind: int):
+    """A row of one kind of values, from address `values` on; `place` is that of its scales and zero points."""
+    chunk, per_byte, size = _chunk(form, kind), 2 if form in (INT4, FP4) else 1, 4 if kind == FLOAT32 else 2
+
+    @njit
+    def decode(exponents, values, scales, zeros, place, columns, k, out):
+        for first in range(0, k, columns):
+            count = min(columns, k - first)
+            scale = _e8m0(get_uint8(scales, place)) if exponents else get_float32(scales, place)
+            zero = np.float32(get_uint8(zeros, place)) if zeros else np.float32(0.0)
+            place += 1
+            its_values, its_out = values + first // per_byte, out + first * size
+            chunks = count // CHUNK
+            for c in range(chunks):
+                chunk(its_values + c * (CHUNK // per_byte), scale, zero, its_out + c * (CHUNK * size))
+            for i in range(chunks * CHUNK, count):
+                value = (_value(form, its_values, i) - zero) * scale
+                if kind == FLOAT32:
+                    put_float32(its_out, i, value)
+                else:
+                    put_bfloat16(its_out, i, value)
+
+    return decode
+
+
+_int8_32, _int8_16, _fp8_32, _fp8_16, _int4_32, _int4_16, _fp4_32, _fp4_16 = (
+    _row(form, kind) for form in (INT8, FP8, INT4, FP4) for kind in (FLOAT32, BFLOAT16)
+)
+
+
 @njit
 def decode_row(form, exponents, kind, values, scales, zeros, columns, row_scale, k, row, out):
     """Row `row` of a matrix of k inputs, as `kind`, at address `out`.
 
     values, scales, zeros: addresses (zeros may be 0); `columns` inputs and `row_scale` rows share a scale.
     """
-    per_byte = 2 if form >= INT4 else 1
-    size = 4 if kind == FLOAT32 else 2
-    groups = (k + columns - 1) // columns
-    values += row * (k // per_byte)
-    place = row // row_scale * groups
-    for g in range(groups):
-        first = g * columns
-        count = min(columns, k - first)
-        scale = _e8m0(get_uint8(scales, place + g)) if exponents else get_float32(scales, place + g)
-        zero = np.float32(get_uint8(zeros, place + g)) if zeros else np.float32(0.0)
-        chunks = count // CHUNK
-        _put_chunks(form, kind, values + first // per_byte, chunks, scale, zero, out + first * size)
-        for i in range(first + chunks * CHUNK, first + count):
-            value = (_value(form, values, i) - zero) * scale
-            if kind == FLOAT32:
-                put_float32(out, i, value)
-            else:
-                put_bfloat16(out, i, value)
+    values += row * (k // 2 if form >= INT4 else k)
+    place = row // row_scale * ((k + columns - 1) // columns)
+    if kind == FLOAT32:
+        if form == INT8:
+            _int8_32(exponents, values, scales, zeros, place, columns, k, out)
+        elif form == FP8:
+            _fp8_32(exponents, values, scales, zeros, place, columns, k, out)
+        elif form == INT4:
+            _int4_32(exponents, values, scales, zeros, place, columns, k, out)
+        else:
+            _fp4_32(exponents, values, scales, zeros, place, columns, k, out)
+    elif form == INT8:
+        _int8_16(exponents, values, scales, zeros, place, columns, k, out)
+    elif form == FP8:
+        _fp8_16(exponents, values, scales, zeros, place, columns, k, out)
+    elif form == INT4:
+        _int4_16(exponents, values, scales, zeros, place, columns, k, out)
+    else:
+        _fp4_16(exponents, values, scales, zeros, place, columns, k, out)

@@ -1,4 +1,4 @@
-"""Ranks with quantised experts: what moves between them are the quantised bytes, and the tokens stay those of one rank."""
+"""Ranks with quantised experts: what moves between them are the quantised bytes, and the tokens stay the same."""
 
 import pytest
 import tiny
