@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
     )
     print(analyze_report.locality_tables(found))
     print()
+    if errors:
+        print(f"{error_table(errors)}\n")
     if setting is not None:
         need, machine = setting
         print(analyze_report.speed_table(rows, machine))
@@ -106,9 +108,6 @@ def run(args: argparse.Namespace) -> int:
         print(verdict(rows, need, machine))
     else:
         print("The expected speed is left out: the trace does not say everything; give --expert-bytes and --bandwidth.")
-    if errors:
-        print()
-        print(error_table(errors))
     if args.picture:
         try:
             Path(args.picture).write_text(analyze_report.picture(name, found, rows), encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_parity import generate, prompts, reference
 
+from moeyard.bench.quantised_error import format_errors
 from moeyard.engine import moe, offload_plan
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
@@ -299,7 +300,7 @@ def test_what_cannot_be_is_refused_with_a_remedy(published, checkpoints):
     assert "this model has no experts; leave it out" in refused(dense, expert_dtype="fp8")
     path = checkpoints("qwen3_moe")
     blueprint = draw(EngineConfig(model=str(path), **OPTIONS, expert_dtype="fp8"), path)
-    with pytest.raises(ValueError, match="only the CPU's kernels compute with quantised experts.*--device cpu"):
+    with pytest.raises(ValueError, match=r"only the CPU's kernels compute with quantised experts.*--device cpu"):
         check_quantised("fp8", blueprint.weights, blueprint.spec, torch.device("cuda"))
 
 
@@ -333,7 +334,7 @@ def test_inputs_in_an_order_of_their_own_are_refused(tmp_path, checkpoints, make
         name = next(name for name in tensors if name.endswith("g_idx"))
         tensors[name] = tensors[name].flip(0).contiguous()
 
-    with pytest.raises(ValueError, match="desc_act.*use a checkpoint that was made with desc_act false"):
+    with pytest.raises(ValueError, match=r"desc_act.*use a checkpoint that was made with desc_act false"):
         make(changed(path, tmp_path / "shuffled", shuffle))
 
 
@@ -344,3 +345,13 @@ def test_plan_counts_quantised_bytes(checkpoints, capsys):
     expert = 48 * 48 + 48 * 4 + 48 * 24 + 48 * 4
     assert "experts in int8, on cpu" in out
     assert f"{24 * expert / 1024:.3g} KiB" in out and f"{expert / 1024:.3g} KiB each" in out
+
+
+def test_errors_by_format(checkpoints, published):
+    plain, *others = format_errors(EngineConfig(model=str(checkpoints("gpt_oss")), **OPTIONS))
+    assert (plain.name, plain.weights, plain.outputs) == ("float32", 0.0, 0.0)
+    assert [e.name for e in others] == list(FORMATS)
+    assert all(e.nbytes < plain.nbytes / 3 and 0 < e.weights < 0.1 and 0 < e.outputs < 0.2 for e in others)
+    small = {e.name: e for e in others}
+    assert small["int8"].weights < small["fp8"].weights < small["int4"].weights
+    assert format_errors(EngineConfig(model=str(published.path), **OPTIONS)) == []  # what they were is not known
