@@ -1,8 +1,8 @@
 """Rows of quantised matrices as float32 or bfloat16, for the compiled kernels.
 
 What a value stands for is worked out in float32 and rounded as `QuantisedMatrix.dequantise` does it, the same to the
-bit. A chunk of two registers' values is written as LLVM code, as numba's own loops do not find the instruction that rounds
-two registers of float32 to one of bfloat16, nor keep pairs of 4-bit values in one lane.
+bit. A chunk of two registers' values is written as LLVM code: numba's own loops do not find the instruction that rounds
+two registers of float32 to one of bfloat16, nor do they keep pairs of 4-bit values in one lane.
 """
 
 import llvmlite.ir as ir
