@@ -42,8 +42,17 @@ class Layout(ABC):
         )
 
     def plain(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What stored tensors stand for, in the place of a plain one, in float32."""
-        return self.matrix(parts).dequantise(torch.float32)
+        """What stored tensors stand for, in the place of a plain one, in float32. Raises ValueError as `checked`."""
+        return self.checked(parts).dequantise(torch.float32)
+
+    def checked(self, parts: Mapping[str, torch.Tensor]) -> QuantisedMatrix:
+        """`matrix`. Raises ValueError where the tensors do not fit each other."""
+        matrix = self.matrix(parts)
+        tensors = matrix.tensors()
+        for part, (shape, _) in self.format.tensors(*matrix.shape).items():
+            if tensors[part].shape != shape:
+                raise ValueError(f"its {part} do not fit: expected {list(shape)}, found {list(tensors[part].shape)}")
+        return matrix
 
     @abstractmethod
     def matrix(self, parts: Mapping[str, torch.Tensor]) -> QuantisedMatrix:
@@ -67,7 +76,7 @@ class Mxfp4(Layout):
 
     def plain(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[experts, inputs, outputs], as the plain model has them."""
-        each = [self.matrix({role: t[e : e + 1] for role, t in parts.items()}) for e in range(len(parts["values"]))]
+        each = [self.checked({role: t[e : e + 1] for role, t in parts.items()}) for e in range(len(parts["values"]))]
         return torch.stack([matrix.dequantise(torch.float32).t() for matrix in each])
 
 

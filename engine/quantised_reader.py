@@ -106,7 +106,7 @@ class StoredReader(QuantisedReader):
     def _quantised(self, name: str, parts: Mapping[str, torch.Tensor]) -> QuantisedMatrix:
         of_pattern, recipe = _by_pattern(parts), self._recipes[name]
         order = recipe.converter.source_patterns if recipe.converter is not None else list(of_pattern)
-        blocks = [self._layout.matrix(of_pattern[pattern]) for pattern in order]
+        blocks = [self._weights.fitting(recipe, self._layout.checked, of_pattern[pattern]) for pattern in order]
         if self._format.rows != self._layout.format.rows:
             blocks = [block.with_a_row_of_scales_each() for block in blocks]
         matrix = joined(blocks)
@@ -126,12 +126,15 @@ class DequantisingReader(ExpertReader):
         return _by_roles(self._weights, super().parts(expert))
 
     def tensors(self, stored: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return {
-            name: self.assemble(
-                name, {p: of[""] if "" in of else self._layout.plain(of) for p, of in _by_pattern(parts).items()}
-            )
-            for name, parts in stored.items()
-        }
+        found = {}
+        for name, parts in stored.items():
+            recipe = self._recipes[name]
+            plain = {
+                pattern: of[""] if "" in of else self._weights.fitting(recipe, self._layout.plain, of)
+                for pattern, of in _by_pattern(parts).items()
+            }
+            found[name] = self.assemble(name, plain)
+        return found
 
     def copies(
         self, stored: Mapping[str, Mapping[str, torch.Tensor]], into: Mapping[str, torch.Tensor]

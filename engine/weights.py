@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from .checkpoint import QUANTISED_TYPES, Checkpoint, Entry
 from .model import ExpertsSpec
 from .quantised_layouts import Layout
 
+T = TypeVar("T")
 _INTEGERS = {"I64", *QUANTISED_TYPES}
 
 
@@ -242,7 +243,19 @@ class WeightMap:
             return self.checkpoint.read(name)
         assert self.layout is not None
         parts = {role: self.checkpoint.read_part(entry) for role, entry in roles.items()}
-        return self.layout.plain(parts)
+        try:
+            return self.layout.plain(parts)
+        except ValueError as error:
+            raise ValueError(f"checkpoint: tensor {name} in {self._where(name)}: {error}") from error
+
+    def fitting(self, recipe: Recipe, make: Callable[[Mapping[str, torch.Tensor]], T], parts: Any) -> T:
+        """What `make` makes of a quantised tensor's parts; its ValueError says for which parameter that is."""
+        try:
+            return make(parts)
+        except ValueError as error:
+            if str(error).startswith("checkpoint"):
+                raise
+            raise ValueError(f"checkpoint: {recipe.target} in {self._where(recipe.names[0])}: {error}") from error
 
     def nbytes_of(self, name: str) -> int:
         """Of a tensor as stored, with all its parts."""

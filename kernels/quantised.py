@@ -212,7 +212,7 @@ def _encode(kind: int, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.
         return _pack((scaled.round() + zeros).clamp(0, 15).to(torch.uint8))
     # Halfway between two values: to the one with an even last bit.
     borders = scaled.new_tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-    up = scaled.abs()
+    up = scaled.abs().contiguous()
     number = torch.bucketize(up, borders)  # how many borders are below
     number = number + ((number % 2 == 1) & (up == borders[number.clamp_max(6)])).long()
     return _pack((number + 8 * torch.signbit(weight)).to(torch.uint8))

@@ -69,7 +69,7 @@ def test_experts_move_as_quantised_bytes(path, tmp_path):
     try:
         by_rank = shared_out(prompts(131, 4, longest=30, seed=6), RANKS)
         orders = [[(1, 1, table_lists(turned, EXPERTS, RANKS, 4))]] * RANKS
-        options = {"expert_dtype": "int8", "redundant_experts": 0}
+        options = {"expert_dtype": "int8", "balance": "native"}
         results = one.run(run_ranks, path, by_rank, 16, options, orders)
     finally:
         one.close()
