@@ -105,7 +105,8 @@ class Engine:
         self._offload: Offload | None = None
         self._counts_LE: torch.Tensor | None = None
         # The CPU computes experts beside a GPU that has a part of them only.
-        _compile(config, seat, self.device.type == "cpu" or config.expert_memory is not None)
+        quantised = any(blueprint.weights.reader(spec).format is not None for spec in blueprint.spec.experts)
+        _compile(config, seat, self.device.type == "cpu" or config.expert_memory is not None, quantised)
         baseline = psutil.Process().memory_info().rss
         self._experts = self._load(blueprint, seat)
         if self.device.type == "cpu":
@@ -575,7 +576,7 @@ def _timed(phase: str, function: Any, progress: Progress) -> Any:
     return timed
 
 
-def _compile(config: EngineConfig, seat: Seat | None, on_cpu: bool) -> None:
+def _compile(config: EngineConfig, seat: Seat | None, on_cpu: bool, quantised: bool) -> None:
     """Compiles what is compiled at all, or loads it from the cache of an earlier start, before any request can wait
     for it. One process of a user at a time: the others find in the cache what the first has compiled.
     """
@@ -584,7 +585,7 @@ def _compile(config: EngineConfig, seat: Seat | None, on_cpu: bool) -> None:
         logger.info("loading compiled code; the first start on a machine compiles it, which takes up to a minute")
     with _in_turn("compile", COMPILE_WAIT_S):
         if on_cpu:
-            warm_up()
+            warm_up(quantised=quantised)
         if planner is not None:
             planner_warm_up(planner)
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..kernels.expert_loop import expert_loop
 
 if TYPE_CHECKING:
-    from .experts import ExpertWeights
+    from .experts import ExpertWeights, Matrix
     from .moe import MoELayer
 
 
@@ -40,6 +40,14 @@ def few_rows(
 
     down_GDI, up_bias_GN, down_bias_GD = _of_each(weights)
     starts_G = torch.tensor(starts, dtype=torch.int32)
+    if layer.pool.format is not None:
+        from ..kernels.quantised_linear import quantised_linear
+
+        up_GND: Any = [w.up_PND[0] for w in weights]
+        h_RN = quantised_linear(x_TD, up_GND, starts_G, None, up_bias_GN, token_R)
+        h_RI = torch.cat([layer.gate(h_RN[low:high]) for low, high in itertools.pairwise(starts)])
+        out_RD.copy_(quantised_linear(h_RI, down_GDI, starts_G, None, down_bias_GD))
+        return
     up_PGND = _blocks(weights)
     parts = [grouped_linear(x_TD, up_GND, starts_G, None, up_bias_GN, token_R) for up_GND in up_PGND]
     h_RN = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -64,18 +72,24 @@ def many_rows(
     out_RD.copy_(expert_loop(x_TD, token_R, counts_G, up_GPND, down_GDI, layer.gate, *biases))
 
 
+def _plain(weight: Matrix) -> torch.Tensor:
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
 _Tensors = list[torch.Tensor]
+_Matrices = list[Any]
 
 
-def _blocks(weights: Sequence[ExpertWeights]) -> list[_Tensors]:
+def _blocks(weights: Sequence[ExpertWeights]) -> list[_Matrices]:
     """Of several experts the first products' weights, in as many blocks of rows as that of them which has most."""
     if all(len(w.up_PND) == 1 for w in weights):
         return [[w.up_PND[0] for w in weights]]
-    halves = [w.up_PND if len(w.up_PND) == 2 else w.up_PND[0].chunk(2) for w in weights]
+    halves: list[Any] = [w.up_PND if len(w.up_PND) == 2 else _plain(w.up_PND[0]).chunk(2) for w in weights]
     return [[half[0] for half in halves], [half[1] for half in halves]]
 
 
-def _of_each(weights: Sequence[ExpertWeights]) -> tuple[_Tensors, _Tensors | None, _Tensors | None]:
+def _of_each(weights: Sequence[ExpertWeights]) -> tuple[_Matrices, _Tensors | None, _Tensors | None]:
     """Of several experts the second products' weights, and the biases if there are any."""
     up_bias_GN = [w.up_bias_N for w in weights if w.up_bias_N is not None]
     down_bias_GD = [w.down_bias_D for w in weights if w.down_bias_D is not None]

@@ -155,9 +155,9 @@ class _Trial:
 
     def _inputs(self, experts: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """As many rows for each expert, each of a token of its own."""
-        down = self._layer.pool.down_SDI
-        x_RD = torch.ones(rows, down.shape[1], dtype=down.dtype, device=down.device)
-        token_R = torch.arange(rows, dtype=torch.int32, device=down.device)
+        pool = self._layer.pool
+        x_RD = torch.ones(rows, pool.hidden, dtype=pool.dtype, device=pool.up_SND.device)
+        token_R = torch.arange(rows, dtype=torch.int32, device=pool.up_SND.device)
         return x_RD, token_R, [rows // experts * i for i in range(experts + 1)]
 
 

@@ -129,7 +129,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config
         method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
-        raise ValueError(f"model: the checkpoint is quantised ({method}), which is not supported yet; use a plain one")
+        raise ValueError(f"model: the checkpoint is quantised ({method}); the model is built as a plain one")
     AttentionInterface.register(_PROBE, _unplugged)
     ExpertsInterface.register(_PROBE, _unplugged)
     try:

@@ -51,7 +51,7 @@ class MoELayer:
         self._compiled = self._few_rows is not None
         self.grouped, self.why_not_grouped = device_experts(pool, gate)
         """The Triton kernels, or on a GPU the reason why they do not run this layer's experts."""
-        self.swiglu = self._compiled and _plain_swiglu(pool, gate)
+        self.swiglu = self._compiled and pool.format is None and _plain_swiglu(pool, gate)
         # Mean rows per expert up to which the compiled kernels run; `calibrate` measures it.
         self.few_rows = ROW_COUNTS[0]
         self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.up_SND.device)
@@ -147,17 +147,17 @@ class MoELayer:
                 x_TD,
                 rows.token_R,
                 rows.counts_E,
-                pool.up_SND,
-                pool.down_SDI,
+                pool.up,
+                pool.down,
                 self.gate,
                 pool.up_bias_SN,
                 pool.down_bias_SD,
             )
             return combine(y_RD, rows.position_TK, weights_TK), rows.counts_E
-        if x_TD.device.type == "cpu":
+        if x_TD.device.type == "cpu" or pool.format is not None:
             token_R, counts_S, state = self.local.route(slots_TK, weights_TK)
             y_RD = expert_loop(
-                x_TD, token_R, counts_S, pool.up_SND, pool.down_SDI, self.gate, pool.up_bias_SN, pool.down_bias_SD
+                x_TD, token_R, counts_S, pool.up, pool.down, self.gate, pool.up_bias_SN, pool.down_bias_SD
             )
         else:
             rows_RD, counts_S, state = self.local.dispatch(x_TD, slots_TK, weights_TK)
@@ -182,7 +182,7 @@ class MoELayer:
         experts = min(_TRIAL_EXPERTS, self.pool.num_slots)
         best = 0
         for rows in ROW_COUNTS:
-            x_TD = torch.randn(experts * rows, self.pool.down_SDI.shape[1]).to(self.pool.up_SND.dtype)
+            x_TD = torch.randn(experts * rows, self.pool.hidden).to(self.pool.dtype)
             ids_TK = torch.arange(experts).repeat(rows)[:, None]
             weights_TK = torch.ones_like(ids_TK, dtype=x_TD.dtype)
             seconds: dict[Any, list[float]] = {self._few_rows: [], self._many_rows: []}
@@ -204,7 +204,7 @@ def calibrate(layers: Sequence[MoELayer], *, progress: bool = False) -> None:
     known: dict[tuple[Any, ...], int] = {}
     for layer in layers:
         pool = layer.pool
-        shape = (pool.up_SND.shape, pool.up_SND.dtype, pool.spec.has_bias, pool.spec.has_gate)
+        shape = (pool.up_SND.shape, pool.dtype, pool.format, pool.spec.has_bias, pool.spec.has_gate)
         if shape not in known:
             known[shape] = few_rows_of(layer, progress)
         layer.few_rows = known[shape]
@@ -228,8 +228,10 @@ def _few_rows_function(pool: ExpertPool, gate: Any) -> Any:
     One compiled call for the whole layer where the experts are plain SwiGLU, else compiled pieces around their own
     gate.
     """
-    if pool.up_SND.device.type != "cpu" or pool.up_SND.dtype not in (torch.float32, torch.bfloat16):
+    if pool.up_SND.device.type != "cpu" or pool.dtype not in (torch.float32, torch.bfloat16):
         return None
+    if pool.format is not None:
+        return _few_quantised_rows(pool, gate)
     from ..kernels.grouped_linear import combine, grouped_linear
     from ..kernels.small_experts import small_experts
     from ..kernels.sort_rows import sort_rows
@@ -242,6 +244,26 @@ def _few_rows_function(pool: ExpertPool, gate: Any) -> Any:
         groups = (rows.starts, rows.experts_G)
         h_RI = gate(grouped_linear(x_TD, pool.up_SND, *groups, pool.up_bias_SN, rows.token_R))
         y_RD = grouped_linear(h_RI.contiguous(), pool.down_SDI, *groups, pool.down_bias_SD)
+        return combine(y_RD, rows.position_TK, weights_TK), rows.counts_E
+
+    return pieces
+
+
+def _few_quantised_rows(pool: ExpertPool, gate: Any) -> Any:
+    from ..kernels.grouped_linear import combine
+    from ..kernels.quantised_linear import MOST_INPUTS, quantised_linear
+    from ..kernels.sort_rows import sort_rows
+
+    if max(pool.hidden, pool.width) > MOST_INPUTS:
+        return None
+
+    def pieces(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = sort_rows(ids_TK, pool.num_slots)
+        groups = (rows.starts, rows.experts_G)
+        up: Any = pool.up
+        down: Any = pool.down
+        h_RI = gate(quantised_linear(x_TD, up, *groups, pool.up_bias_SN, rows.token_R))
+        y_RD = quantised_linear(h_RI.contiguous(), down, *groups, pool.down_bias_SD)
         return combine(y_RD, rows.position_TK, weights_TK), rows.counts_E
 
     return pieces

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,8 +27,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .checkpoint import Checkpoint, Entry
+from ..kernels.quantised import Format
+from .checkpoint import QUANTISED_TYPES, Checkpoint, Entry
 from .model import ExpertsSpec
+from .quantised_layouts import Layout
+
+T = TypeVar("T")
+_INTEGERS = {"I64", *QUANTISED_TYPES}
 
 
 @dataclass
@@ -77,15 +82,29 @@ class Recipe:
 
 class WeightMap:
     """Which stored tensors make which parameters of `model`. Raises ValueError naming tensor, file, expected and
-    found.
+    found. `make_reader` makes what reads a layer's experts, where they are not kept plain. `layout` is of a quantised
+    checkpoint.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, experts: tuple[ExpertsSpec, ...]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        experts: tuple[ExpertsSpec, ...],
+        make_reader: Callable[[WeightMap, ExpertsSpec], ExpertReader] | None = None,
+        layout: Layout | None = None,
+    ):
         self.model = model
         self.checkpoint = checkpoint
         self.expected = dict(model.state_dict())
         self.experts = {f"{spec.module}.{name}": spec for spec in experts for name in spec.parameters}
         self.recipes: dict[str, Recipe] = {}
+        self._make_reader = make_reader or ExpertReader
+        self.layout = layout
+        self.quantised: dict[str, dict[str, Entry]] = {}
+        """Of each tensor that is stored quantised, by the name that a plain one would have: its parts by role."""
+        self.entries = self._plain_entries()
+        """The stored tensors by the names that plain ones would have."""
         self._collect()
         self._refuse_missing()
 
@@ -97,7 +116,7 @@ class WeightMap:
         ignored = [re.compile(p) for p in getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or []]
         prefix = self.model.base_model_prefix
         extra = []
-        for name in sorted(self.checkpoint.entries, key=dot_natural_key):
+        for name in sorted(self.entries, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, self.expected)
             if target not in self.expected and name in self.expected:
                 target, pattern = name, None
@@ -134,15 +153,18 @@ class WeightMap:
 
     def _check_sources(self, recipe: Recipe) -> None:
         """Counts and shapes of a recipe's sources, so far as they can be known before converting."""
-        entries = self.checkpoint.entries
+        entries = self.entries
         kept_as = self.expected[recipe.target].dtype
         for name in recipe.names:
-            if (entries[name].dtype == "I64") == kept_as.is_floating_point:
+            integers = entries[name].dtype in _INTEGERS
+            if name not in self.quantised and integers == kept_as.is_floating_point:
                 raise ValueError(
                     f"checkpoint: tensor {name} in {self._where(name)} has type {entries[name].dtype}; expected one to"
-                    f" be kept as {kept_as} (quantised checkpoints are not supported yet)"
+                    f" be kept as {kept_as}, and config.json says nothing of quantised weights that this is a part of"
                 )
         if recipe.converter is None:
+            if recipe.names[0] in self.quantised:  # checked when it has been read
+                return
             wanted, found = tuple(self.expected[recipe.target].shape), entries[recipe.names[0]].shape
             if wanted != found:
                 self._wrong_shape(recipe.names[0], wanted)
@@ -165,7 +187,7 @@ class WeightMap:
                     self._wrong_shape(name, usual)
 
     def _wrong_shape(self, name: str, wanted: tuple[int, ...]) -> None:
-        found = list(self.checkpoint.entries[name].shape)
+        found = list(self.entries[name].shape)
         raise ValueError(
             f"checkpoint: tensor {name} in {self._where(name)}: expected shape {list(wanted)}, found {found}"
         )
@@ -175,21 +197,78 @@ class WeightMap:
         if shape != wanted:
             name = recipe.names[0]
             raise ValueError(
-                f"checkpoint: tensor {name} in {self._where(name)} (shape {list(self.checkpoint.entries[name].shape)})"
+                f"checkpoint: tensor {name} in {self._where(name)} (shape {list(self.entries[name].shape)})"
                 f" makes {target}: expected shape {list(wanted)}, found {list(shape)}"
             )
 
     def _where(self, name: str) -> str:
-        return self.checkpoint.entries[name].file.name
+        return self.entries[name].file.name
+
+    def _plain_entries(self) -> dict[str, Entry]:
+        """The tensors by the names that plain ones would have; of quantised ones that with the values. Raises
+        ValueError for one that lacks a part.
+        """
+        layout, entries = self.layout, self.checkpoint.entries
+        if layout is None:
+            return entries
+        stored: dict[str, dict[str, Entry]] = {}
+        for name, entry in entries.items():
+            plain, role = layout.split(name)
+            stored.setdefault(plain, {})[role] = entry
+        found: dict[str, Entry] = {}
+        for plain, parts in stored.items():
+            if not layout.complete(parts):
+                found |= {entry.name: entry for entry in parts.values()}  # of plain tensors with such names
+                continue
+            self.quantised[plain] = parts
+            found[plain] = parts["values"]
+        return found
+
+    def roles_of(self, part: Entry) -> dict[str, Entry]:
+        """The parts of a quantised tensor, of the same row as `part` is of its values; of a plain one itself, as ""."""
+        plain, _ = self.layout.split(part.name) if self.layout is not None else (part.name, "")
+        if plain not in self.quantised:
+            return {"": part}
+        roles = self.quantised[plain]
+        values = roles["values"]
+        if part == values:
+            return roles
+        row = (part.begin - values.begin) // part.nbytes
+        return {role: entry.row(row) for role, entry in roles.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """A stored tensor, or what a quantised one stands for, in float32."""
+        roles = self.quantised.get(name)
+        if roles is None:
+            return self.checkpoint.read(name)
+        assert self.layout is not None
+        parts = {role: self.checkpoint.read_part(entry) for role, entry in roles.items()}
+        try:
+            return self.layout.plain(parts)
+        except ValueError as error:
+            raise ValueError(f"checkpoint: tensor {name} in {self._where(name)}: {error}") from error
+
+    def fitting(self, recipe: Recipe, make: Callable[[Mapping[str, torch.Tensor]], T], parts: Any) -> T:
+        """What `make` makes of a quantised tensor's parts; its ValueError says for which parameter that is."""
+        try:
+            return make(parts)
+        except ValueError as error:
+            if str(error).startswith("checkpoint"):
+                raise
+            raise ValueError(f"checkpoint: {recipe.target} in {self._where(recipe.names[0])}: {error}") from error
+
+    def nbytes_of(self, name: str) -> int:
+        """Of a tensor as stored, with all its parts."""
+        return sum(entry.nbytes for entry in self.quantised.get(name, {"": self.entries[name]}).values())
 
     @property
     def dense(self) -> list[Recipe]:
         """Recipes of everything but experts, in file order."""
         recipes = [r for target, r in self.recipes.items() if target not in self.experts]
-        return sorted(recipes, key=lambda r: (str(self.checkpoint.entries[r.names[0]].file), r.names[0]))
+        return sorted(recipes, key=lambda r: (str(self.entries[r.names[0]].file), r.names[0]))
 
     def reader(self, spec: ExpertsSpec) -> ExpertReader:
-        return ExpertReader(self, spec)
+        return self._make_reader(self, spec)
 
     def dtype_of(self, target: str) -> torch.dtype:
         """The type a parameter is kept in: the model's, or float32 where the architecture asks for it."""
@@ -212,7 +291,41 @@ class ExpertReader:
         self._weights = weights
         self._recipes = {name: weights.recipes[f"{spec.module}.{name}"] for name in spec.parameters}
 
+    @property
+    def format(self) -> Format | None:
+        """What the matrices are kept in; None for plain ones."""
+        return None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the tensors that are kept of an expert."""
+        return self.spec.parameters
+
+    @property
+    def transposed(self) -> bool:
+        """Whether matrices are read with their outputs contiguous, not their inputs."""
+        return self.spec.is_transposed
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return self._weights.dtype_of(f"{self.spec.module}.down_proj")
+
+    @property
+    def kept_as(self) -> str:
+        """The type of the matrices, by name."""
+        return self.format.name if self.format else str(self.activation_dtype).removeprefix("torch.")
+
+    def matrix(self, parameter: str) -> tuple[int, int]:
+        """Outputs and inputs of one of an expert's matrices."""
+        rows, columns = self._weights.expected[f"{self.spec.module}.{parameter}"].shape[1:]
+        return (columns, rows) if self.spec.is_transposed else (rows, columns)
+
     def shape(self, parameter: str) -> tuple[int, ...]:
+        """Shape of what is kept of an expert under this name."""
+        return self._plain_shape(parameter)
+
+    def _plain_shape(self, parameter: str) -> tuple[int, ...]:
         """Shape of one expert's part of a stacked parameter."""
         return tuple(self._weights.expected[f"{self.spec.module}.{parameter}"].shape[1:])
 
@@ -222,14 +335,27 @@ class ExpertReader:
     @property
     def nbytes(self) -> int:
         """Bytes of one expert as kept in memory."""
-        return sum(self.dtype(p).itemsize * _size(self.shape(p)) for p in self.spec.parameters)
+        return sum(self.dtype(p).itemsize * _size(self.shape(p)) for p in self.parameters)
 
     def read(self, expert: int) -> dict[str, torch.Tensor]:
         """Parameters of one expert, each of `shape(parameter)`, in the checkpoint's type; copy what is kept."""
-        return {
-            name: self.assemble(name, {pattern: self.checkpoint.read_part(part) for pattern, part in parts.items()})
-            for name, parts in self.parts(expert).items()
-        }
+        return self.tensors(
+            {
+                name: {pattern: self.checkpoint.read_part(part) for pattern, part in parts.items()}
+                for name, parts in self.parts(expert).items()
+            }
+        )
+
+    def tensors(self, stored: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What `read` gives, of the tensors that `parts` tells of."""
+        return {name: self.assemble(name, parts) for name, parts in stored.items()}
+
+    def copies(
+        self, stored: Mapping[str, Mapping[str, torch.Tensor]], into: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs (part of `into`, tensor) that, copied, put there what `tensors` gives."""
+        for name, parts in stored.items():
+            yield from self.places(name, parts, into[name])
 
     def parts(self, expert: int) -> dict[str, dict[str, Entry]]:
         """Where one expert is stored: for each parameter, what stands for each of the conversion's source patterns."""
@@ -239,7 +365,7 @@ class ExpertReader:
         """A parameter of one expert, made of the tensors that `parts` tells of."""
         weights, recipe = self._weights, self._recipes[parameter]
         made = recipe.convert({p: [tensor] for p, tensor in stored.items()}, weights.model.config)[recipe.target]
-        weights.check_made(recipe, recipe.target, tuple(made.shape), (1, *self.shape(parameter)))
+        weights.check_made(recipe, recipe.target, tuple(made.shape), (1, *self._plain_shape(parameter)))
         return made[0]
 
     def places(
@@ -290,7 +416,7 @@ class ExpertReader:
         return joined if len(shape) > 1 or len(joined) == 1 else None
 
     def _parts(self, recipe: Recipe, expert: int) -> dict[str, Entry]:
-        entries = self.checkpoint.entries
+        entries = self._weights.entries
         if recipe.converter is None or _slicewise(recipe.converter):
             return {p: entries[names[0]].row(expert) for p, names in recipe.sources.items()}
         if _stacks(recipe.converter):
@@ -303,10 +429,10 @@ class ExpertReader:
 
 def load_dense(weights: WeightMap, device: torch.device) -> Iterator[int]:
     """Reads every parameter and buffer but the experts' into the model, on `device`; yields bytes read as it goes."""
-    model, checkpoint = weights.model, weights.checkpoint
+    model = weights.model
     loaded = set()
     for recipe in weights.dense:
-        tensors = {p: [checkpoint.read(n) for n in names] for p, names in recipe.sources.items()}
+        tensors = {p: [weights.read(n) for n in names] for p, names in recipe.sources.items()}
         for target, tensor in recipe.convert(tensors, model.config).items():
             weights.check_made(recipe, target, tuple(tensor.shape), tuple(weights.expected[target].shape))
             kept = tensor.to(device=device, dtype=weights.dtype_of(target))
@@ -314,7 +440,7 @@ def load_dense(weights: WeightMap, device: torch.device) -> Iterator[int]:
             whole = kept.is_contiguous() and kept.untyped_storage().nbytes() == kept.nbytes
             _assign(model, target, kept if whole else kept.clone(memory_format=torch.contiguous_format))
             loaded.add(target)
-        yield sum(checkpoint.entries[n].nbytes for n in recipe.names)
+        yield sum(weights.nbytes_of(n) for n in recipe.names)
     _tie(model, loaded)
     for name, buffer in list(model.named_buffers()):
         if not buffer.is_meta and buffer.device != device:
@@ -344,6 +470,15 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         module._parameters[leaf] = tensor
     else:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def joins_rows(recipe: Recipe) -> bool:
+    """Whether an expert's matrix is one stored matrix, or several of them one below the other."""
+    if recipe.converter is None:
+        return True
+    joins = [o for o in recipe.converter.operations if not isinstance(o, MergeModulelist)]
+    below = len(joins) == 1 and isinstance(joins[0], Concatenate) and joins[0].dim == 1
+    return _stacks_first(recipe.converter) and (not joins or below)
 
 
 def _stacks_first(converter: WeightConverter) -> bool:

@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
+from .quantised import QuantisedMatrix, QuantisedStack
+
+_Matrix = torch.Tensor | QuantisedMatrix
+
 _ROWS_STEP = 16
 """oneDNN makes and keeps a primitive for each distinct number of rows (about a megabyte and a millisecond each), so
 that rows are padded to a multiple of this; MKL, which takes float32, does not.
@@ -22,8 +26,8 @@ def expert_loop(
     x_TD: torch.Tensor,
     token_R: torch.Tensor,
     counts_S: torch.Tensor,
-    up_SND: torch.Tensor | Sequence[torch.Tensor | Sequence[torch.Tensor]],
-    down_SDI: torch.Tensor | Sequence[torch.Tensor],
+    up_SND: torch.Tensor | QuantisedStack | Sequence[_Matrix | Sequence[_Matrix]],
+    down_SDI: torch.Tensor | QuantisedStack | Sequence[_Matrix],
     gate: Callable[[torch.Tensor], torch.Tensor],
     up_bias_SN: torch.Tensor | Sequence[torch.Tensor] | None = None,
     down_bias_SD: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -32,7 +36,7 @@ def expert_loop(
 
     `gate` maps [rows, N] to [rows, I]. Weights are one tensor over slots, or one for each slot, whose I may differ. The
     first of a slot may also be blocks of rows, without biases.
-    Only one expert's rows are in memory between the two products.
+    Only one expert's rows are in memory between the two products, and of quantised weights one plain matrix.
     """
     step = 1 if x_TD.dtype == torch.float32 else _ROWS_STEP
     # A padded expert writes past its rows; the next one, or nobody, overwrites that.
@@ -49,15 +53,25 @@ def expert_loop(
         h = gate(_up(x_TD.index_select(0, tokens), up_SND[slot], up_bias))
         out = y_RD[start : start + padded]
         if down_bias_SD is None:
-            torch.mm(h, down_SDI[slot].t(), out=out)
+            torch.mm(h, plain(down_SDI[slot], h.dtype).t(), out=out)
         else:
-            torch.addmm(down_bias_SD[slot], h, down_SDI[slot].t(), out=out)
+            torch.addmm(down_bias_SD[slot], h, plain(down_SDI[slot], h.dtype).t(), out=out)
         start += count
     return y_RD[: token_R.shape[0]]
 
 
-def _up(x_RD: torch.Tensor, up: torch.Tensor | Sequence[torch.Tensor], bias_N: torch.Tensor | None) -> torch.Tensor:
-    if isinstance(up, torch.Tensor) or len(up) == 1:
-        return F.linear(x_RD, up if isinstance(up, torch.Tensor) else up[0], bias_N)
+def _up(x_RD: torch.Tensor, up: _Matrix | Sequence[_Matrix], bias_N: torch.Tensor | None) -> torch.Tensor:
+    blocks = [up] if isinstance(up, _Matrix) else up
+    if len(blocks) == 1:
+        return F.linear(x_RD, plain(blocks[0], x_RD.dtype), bias_N)
     assert bias_N is None
-    return torch.cat([F.linear(x_RD, block_ND) for block_ND in up], 1)
+    return torch.cat([F.linear(x_RD, plain(block_ND, x_RD.dtype)) for block_ND in blocks], 1)
+
+
+def plain(weight: _Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as a tensor of `dtype`, which plain ones are already."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    from .quantised_linear import dequantise
+
+    return dequantise(weight, dtype)

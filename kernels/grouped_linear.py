@@ -48,7 +48,7 @@ def store_row(kind, values, n, out):
 
 
 @njit
-def _add_bias(kind, values, n, bias):
+def add_bias(kind, values, n, bias):
     if kind == FLOAT32:
         for i in range(n):
             put_float32(values, i, get_float32(values, i) + get_float32(bias, i))
@@ -90,7 +90,7 @@ def linear_part(part, parts, args):
                 for r in range(rows):
                     values = scratch + 4 * r * COLUMNS
                     if bias:
-                        _add_bias(kind, values, columns, its_bias + c * size)
+                        add_bias(kind, values, columns, its_bias + c * size)
                     store_row(kind, values, columns, y + ((first + r) * n + c) * size)
 
 

@@ -89,6 +89,8 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
         ("left for KV cache", max(left, 0), f"{format_size(size.kv_per_token)} per token"),
     ]
     kind = f"{blueprint.spec.architecture} in {str(blueprint.dtype).removeprefix('torch.')}"
+    if config.expert_dtype != "auto":
+        kind += f", experts in {config.expert_dtype},"
     print(f"{kind} on {blueprint.device.type}" + (f", for each of {ranks} ranks" if ranks > 1 else ""))
     for name, value, note in rows:
         print(f"  {name:<20}{format_size(value):>10}  {note}".rstrip())
