@@ -20,9 +20,9 @@ from .balance_departures import add_departures
 
 AVAILABLE = find_spec("scipy") is not None
 """Whether there is a solver. It is imported when it is needed: that takes a while."""
-ENOUGH = 0.97
+ENOUGH = 0.95
 """A plan whose `model.bound` is that near to its time needs no better one."""
-FINENESS = 300
+FINENESS = 100
 """The bound is known to one part of so many."""
 EXACT = 1 << 40
 """Multipliers are rounded to so many parts of one."""
