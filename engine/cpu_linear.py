@@ -1,4 +1,4 @@
-"""Linear layers by the compiled kernels: at memory speed for few rows, with packed weights for many, where that is faster."""
+"""Linear layers by the compiled kernels: for few rows at the speed of memory, for many with packed weights."""
 
 from __future__ import annotations
 
