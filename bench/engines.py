@@ -147,7 +147,7 @@ def start_llama(stack: ExitStack, setup: Setup, workloads: list[Workload]) -> Op
         timeout=LOAD_TIMEOUT_S,
         path=str(path),
         threads=setup.threads,
-        tokens=max(w.requests * (w.input_len + w.output_len) for w in workloads),
+        tokens=-(-max(w.input_len + w.output_len for w in workloads) // 256) * 256,
         requests=max(w.requests for w in workloads),
         batch=setup.config["max_batched_tokens"],
     )

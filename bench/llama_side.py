@@ -16,7 +16,7 @@ class LlamaSide:
     """Answers `turns.Side.call`."""
 
     def load(self, path: str, threads: int, tokens: int, requests: int, batch: int) -> dict[str, Any]:
-        """`tokens`: of all requests of a workload together, prompts and outputs; `batch`: most in one step."""
+        """`tokens`: most of one request, prompt and output; `batch`: most of a step."""
         import llama_cpp
         import psutil
 
@@ -30,14 +30,13 @@ class LlamaSide:
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = tokens, requests
+        # Sequences keep keys and values apart, so that none attends past the others' masked ones.
+        params.n_ctx, params.n_seq_max = tokens * requests, requests
         params.n_batch = params.n_ubatch = batch
         params.n_threads = params.n_threads_batch = threads
-        if hasattr(params, "kv_unified"):
-            params.kv_unified = True
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
-            raise RuntimeError(f"llama.cpp makes no context for {tokens} tokens of {requests} sequences")
+            raise RuntimeError(f"llama.cpp makes no context for {requests} sequences of {tokens} tokens")
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._most = batch
         self._batch = llama_cpp.llama_batch_init(batch, 0, 1)

@@ -60,20 +60,49 @@ def _function(name: str, count: int, write):
     return codegen
 
 
+def _shuffle(builder, a, b, lanes):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
 def _transposed(builder, rows):
-    """LANES vectors of LANES lanes, transposed: interleaving the two halves as many times as it takes."""
+    """LANES vectors of LANES lanes, transposed."""
+    return _transposed_quarters(builder, rows) if LANES == 16 else _transposed_halves(builder, rows)
+
+
+def _transposed_halves(builder, rows):
+    """By interleaving the two halves of the rows as many times as it takes."""
     half = LANES // 2
-    low, high = (
-        ir.Constant(_LANES_OF, [lane for i in range(half) for lane in (start + i, LANES + start + i)])
-        for start in (0, half)
-    )
+    low, high = ([lane for i in range(half) for lane in (start + i, LANES + start + i)] for start in (0, half))
     for _ in range(LANES.bit_length() - 1):
-        rows = [
-            builder.shuffle_vector(a, b, mask)
-            for a, b in zip(rows[:half], rows[half:], strict=True)
-            for mask in (low, high)
-        ]
+        pairs = zip(rows[:half], rows[half:], strict=True)
+        rows = [_shuffle(builder, a, b, lanes) for a, b in pairs for lanes in (low, high)]
     return rows
+
+
+def _transposed_quarters(builder, rows):
+    """For 16 lanes, by instructions that stay in quarters of a register or move whole ones, which are the fast ones."""
+
+    def in_quarters(a, b, pattern):
+        return _shuffle(builder, a, b, [4 * q + lane % 4 + 16 * (lane // 4) for q in range(4) for lane in pattern])
+
+    def whole_quarters(a, b, first):
+        return _shuffle(
+            builder, a, b, [16 * v + 4 * (first + 2 * q) + i for v in (0, 1) for q in (0, 1) for i in range(4)]
+        )
+
+    # Quarter q of blocks[g][j] is column 4 * q + j of rows 4 * g to 4 * g + 3.
+    blocks = []
+    for g in range(0, 16, 4):
+        low = [in_quarters(rows[g + i], rows[g + i + 1], (0, 4, 1, 5)) for i in (0, 2)]
+        high = [in_quarters(rows[g + i], rows[g + i + 1], (2, 6, 3, 7)) for i in (0, 2)]
+        blocks.append([in_quarters(*pair, pattern) for pair in (low, high) for pattern in ((0, 1, 4, 5), (2, 3, 6, 7))])
+    out = [None] * 16
+    for j in range(4):
+        for odd in (0, 1):
+            left, right = (whole_quarters(blocks[g][j], blocks[g + 1][j], odd) for g in (0, 2))
+            for last in (0, 1):
+                out[4 * (odd + 2 * last) + j] = whole_quarters(left, right, last)
+    return out
 
 
 def _write_pack(builder, w, stride, columns, units, out):
