@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -269,8 +270,15 @@ def _print_notes(cells: list[Cell], left_out: list[str], rates: dict[int, dict[s
                 f"{shape.title}: {shape.experts} of {shape.experts * shape.ranks} experts, one of {shape.ranks} ranks'"
                 " part, with the rows of the whole layer: all do not fit into --memory"
             )
-    for cell in cells:
-        for name, why in cell.skipped.items():
-            print(f"{cell.shape.title}, {cell.dtype}, {cell.threads} threads, {cell.tokens} tokens: no {name}: {why}")
+    for name in (TORCH, *THEIRS):
+        whys = [cell.skipped[name] for cell in cells if name in cell.skipped]
+        if whys:
+            print(f"{name} was not timed in {len(whys)} of {len(cells)} cells: {_examples(whys)}")
     for what in left_out:
         print(f"left out, longer than --cell-seconds: {what}")
+
+
+def _examples(whys: list[str]) -> str:
+    """One for each kind of reason: those that differ in numbers only are of a kind."""
+    kinds = {re.sub(r"[\d.]+", "#", why): why for why in whys}
+    return "; ".join(kinds.values())

@@ -125,5 +125,15 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert len(json.loads(file.read_text())["samples"]["cells"]) == 2
 
 
+def test_sides_that_were_not_timed_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [cell(n, 1.0, eager=2.0) for n in (1, 2, 4)]
+    for one, why in zip(cells, ("7 times as slow", "12 times as slow", "would copy 3.1 GiB"), strict=True):
+        one.skipped["batched_mm"] = why
+    kernels._print_notes(cells, ["tiny, 4 tokens"], {})
+    out = capsys.readouterr().out
+    assert "batched_mm was not timed in 3 of 3 cells: 12 times as slow; would copy 3.1 GiB\n" in out
+    assert "left out, longer than --cell-seconds: tiny, 4 tokens" in out
+
+
 def test_every_shape_is_a_models() -> None:
     assert kernel_shapes.SHAPES["Qwen3-30B-A3B"].params == 128 * 3 * 2048 * 768
