@@ -99,4 +99,5 @@ def _write(config: Any, checkpoint: Any, path: Path) -> None:
 
 def _rope_theta(config: Any) -> float:
     parameters = getattr(config, "rope_parameters", None) or {}
-    return float(parameters.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
+    theta: Any = parameters.get("rope_theta") or getattr(config, "rope_theta", 10000.0)
+    return float(theta)
