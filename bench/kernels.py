@@ -180,7 +180,7 @@ def _cell(
         timeout=LOAD_TIMEOUT_S,
         tokens=tokens,
         repeats=repeats,
-        least_s=0.3,
+        least_s=0.6,
         most_s=20.0,
         gather_limit=gather_limit,
     )
