@@ -34,7 +34,7 @@ from ..scheduler.requests import Request
 from .attention import PagedAttention
 from .balance import warm_up as planner_warm_up
 from .config import EngineConfig, format_size
-from .cpu_linear import use_small_row_kernels
+from .cpu_linear import use_panels, use_small_row_kernels
 from .decode_batching import ExpertAware, decode_figures, picker_for
 from .device_experts import compile_experts
 from .expert_files import ExpertUnreadable
@@ -113,6 +113,7 @@ class Engine:
             use_small_row_kernels(self._model)
             with torch.inference_mode():
                 calibrate(self._experts.layers, progress=config.progress and (seat is None or seat.local_rank == 0))
+            use_panels(self._model, self._experts.layers)
             give_back()  # what loading and measuring took for a moment
         else:
             with torch.inference_mode():

@@ -66,6 +66,7 @@ def rank_constants(layer: MoELayer, *, force: bool = False, progress: bool = Fal
     elif (record := constants.load("rank", key)) is not None:
         return record
     log.info("measuring the experts of %s; kept for the next starts", layer.pool.spec.module)
+    layer.panel_rows = layer.measure_panel_rows()
     layer.few_rows = layer.measure_few_rows()
     samples = {"experts": time_experts(layer, progress)}
     host = FREE
@@ -73,19 +74,24 @@ def rank_constants(layer: MoELayer, *, force: bool = False, progress: bool = Fal
         samples |= {"to_device": _time_copies(layer, False), "to_host": _time_copies(layer, True)}
         both = [_link(samples[name]) for name in ("to_device", "to_host")]
         host = LinkCost(max(link.alpha_ns for link in both), max(link.fs_per_byte for link in both))
-    values = RankConstants(_expert_cost(samples["experts"]), layer.few_rows, host)
+    values = RankConstants(_expert_cost(samples["experts"]), layer.few_rows, host, layer.panel_rows)
     return constants.save("rank", key, values, samples)
 
 
 def few_rows_of(layer: MoELayer, progress: bool = False) -> int:
-    """`few_rows` of the constants. Where they are not known and too few experts have a place to measure them, only this
-    is measured, and not kept.
+    """`few_rows` of the constants; `panel_rows` is set to theirs. Where they are not known and too few experts have a
+    place to measure them, only these two are measured, and not kept.
     """
     if layer.offloaded is not None and layer.pool.num_slots < TRIAL_EXPERTS:
         key = constants.key_of(layer.pool.reader, layer.pool.up_SND.device, torch.get_num_threads())
         record: Record[RankConstants] | None = constants.load("rank", key)
-        return record.values.few_rows if record is not None else layer.measure_few_rows()
-    return rank_constants(layer, progress=progress).values.few_rows
+        if record is None:
+            layer.panel_rows = layer.measure_panel_rows()
+            return layer.measure_few_rows()
+    else:
+        record = rank_constants(layer, progress=progress)
+    layer.panel_rows = record.values.panel_rows
+    return record.values.few_rows
 
 
 def time_experts(layer: MoELayer, progress: bool = False) -> Samples:

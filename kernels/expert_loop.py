@@ -6,6 +6,7 @@ D: hidden size, I: expert width, S: slots, R: rows sorted by slot, T: tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -31,13 +32,18 @@ def expert_loop(
     gate: Callable[[torch.Tensor], torch.Tensor],
     up_bias_SN: torch.Tensor | Sequence[torch.Tensor] | None = None,
     down_bias_SD: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    *,
+    panels: bool = False,
 ) -> torch.Tensor:
     """Rows y_RD = down(gate(up(x[token]))), where `counts_S[s]` consecutive rows belong to slot s.
 
     `gate` maps [rows, N] to [rows, I]. Weights are one tensor over slots, or one for each slot, whose I may differ. The
     first of a slot may also be blocks of rows, without biases.
-    Only one expert's rows are in memory between the two products, and of quantised weights one plain matrix.
+    Only one expert's rows are in memory between the two products, and of quantised weights one plain matrix. With
+    `panels` these are `many_linear`'s, for whole tensors of up that it `fits`, and token_R is int32.
     """
+    if panels:
+        return _panel_loop(x_TD, token_R, counts_S, up_SND, down_SDI, gate, up_bias_SN, down_bias_SD)
     step = 1 if x_TD.dtype == torch.float32 else _ROWS_STEP
     # A padded expert writes past its rows; the next one, or nobody, overwrites that.
     y_RD = x_TD.new_empty(token_R.shape[0] + max(step, _LEAST_ROWS) - 1, down_SDI[0].shape[0])
@@ -75,3 +81,19 @@ def plain(weight: _Matrix, dtype: torch.dtype) -> torch.Tensor:
     from .quantised_linear import dequantise
 
     return dequantise(weight, dtype)
+
+
+def _panel_loop(
+    x_TD: torch.Tensor, token_R: torch.Tensor, counts_S: torch.Tensor, up: Any, down: Any, gate: Any, *biases: Any
+) -> torch.Tensor:
+    from .many_rows import many_linear
+
+    y_RD = x_TD.new_empty(token_R.shape[0], down[0].shape[0])
+    start = 0
+    for slot, count in enumerate(counts_S.tolist()):
+        if count:
+            up_bias, down_bias = (bias[slot] if bias is not None else None for bias in biases)
+            h = gate(many_linear(x_TD, up[slot], up_bias, token_R[start : start + count])).contiguous()
+            y_RD[start : start + count] = many_linear(h, down[slot], down_bias)
+            start += count
+    return y_RD

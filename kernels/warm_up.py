@@ -2,7 +2,8 @@
 
 import torch
 
-from .grouped_linear import combine, grouped_linear
+from .grouped_linear import combine, grouped_gate_up_silu, grouped_linear
+from .many_rows import MANY_ROWS, many_linear
 from .paged_attention import paged_decode_attention
 from .quantised import FORMATS
 from .quantised_linear import dequantise, quantised_linear
@@ -21,6 +22,8 @@ def warm_up(*, quantised: bool = False) -> None:
     rows = sort_rows_in([0], torch.zeros(1, 1, dtype=torch.int64), 1)
     y = grouped_linear(x, torch.zeros(1, 8, 8), rows.starts, rows.experts_G)  # also small_linear's kernel
     combine(y, rows.position_TK, torch.ones(1, 1))
+    many_linear(x, torch.zeros(8, 8), None)
+    grouped_gate_up_silu(x, torch.zeros(1, 16, 8), rows.starts, rows.experts_G, way=MANY_ROWS)
     small_experts(x, rows.position_TK, torch.ones(1, 1), torch.zeros(1, 16, 8), torch.zeros(1, 8, 8))
     cache = torch.zeros(1, 1, 1, 8)
     one, none = torch.ones(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
