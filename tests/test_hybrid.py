@@ -82,3 +82,13 @@ def test_preempted_and_aborted_requests_leave_the_others_as_they_are(saved):
     kept = [i for i in range(2 * PROMPTS) if i not in (1, 7)]
     assert all(len(out[str(i)]) == NEW_TOKENS for i in kept)
     assert_greedy(path, [ids[i % PROMPTS] for i in kept], [out[str(i)] for i in kept])
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_next", "qwen3_5_moe_text"])
+def test_with_a_part_of_the_experts_in_memory(architecture, saved):
+    path, ids = saved(architecture), some_prompts()
+    engine = engine_of(path, expert_memory="60%", predictor="none", kv_memory="8MiB")
+    ours = generate(engine, ids, 12)
+    assert engine.stats(with_experts=False).expert_misses
+    engine.close()
+    assert_greedy(path, ids, ours)
