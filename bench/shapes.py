@@ -75,13 +75,16 @@ class HybridShape(BenchShape):
         return super().name.replace("qwen3-moe", "qwen3-next") + f"-w{self.shared_width}-l{linear}"
 
 
-KINDS = {"moe": BenchShape, "hybrid": HybridShape}
+HYBRID = "hybrid"
+"""In the place of MODEL: the hybrid shape."""
 SHAPE_OPTIONS = ("hidden", "layers", "experts", "top_k", "expert_width", "vocab")
 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
     """`--hidden` and the like, for the checkpoint that is made when MODEL is not given."""
-    group = parser.add_argument_group("shape of the checkpoint made when MODEL is not given")
+    group = parser.add_argument_group(
+        "shape of the checkpoint made when MODEL is not given, or is hybrid: linear attention in three layers of four"
+    )
     for name in SHAPE_OPTIONS:
         group.add_argument(
             "--" + name.replace("_", "-"),
@@ -90,28 +93,21 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"(default: {getattr(BenchShape(), name)})",
         )
-    group.add_argument(
-        "--model",
-        dest="kind",
-        choices=KINDS,
-        default="moe",
-        help="full attention in all layers (moe), or linear attention in three of four (hybrid) (default: moe)",
-    )
     group.add_argument("--workdir", metavar="DIR", help="where it is kept (default: the user's cache folder)")
 
 
 def resolve_model(args: argparse.Namespace) -> str:
     """MODEL, or the path of the bench checkpoint. Raises ValueError when both are described."""
     given = [name for name in SHAPE_OPTIONS if hasattr(args, name)] + (["workdir"] if args.workdir else [])
-    given += ["model"] if args.kind != "moe" else []
-    if args.model:
+    if args.model and args.model != HYBRID:
         if given:
             raise ValueError(
                 f"--{given[0].replace('_', '-')} describes the checkpoint that is made when MODEL is not given;"
                 f" leave out the option or {args.model!r}"
             )
         return str(args.model)
-    shape = KINDS[args.kind](**{name: getattr(args, name) for name in SHAPE_OPTIONS if hasattr(args, name)})
+    kind = HybridShape if args.model == HYBRID else BenchShape
+    shape = kind(**{name: getattr(args, name) for name in SHAPE_OPTIONS if hasattr(args, name)})
     return str(make_checkpoint(shape, Path(args.workdir) if args.workdir else user_cache()))
 
 

@@ -222,8 +222,9 @@ def test_a_hybrid_shape_has_full_attention_in_every_fourth_layer(tmp_path: Path)
     assert (cost.layers, cost.moe_layers) == (1, 4)
     # Convolution over queries, keys and values (2 * 16 + 32 channels, 4 inputs, bfloat16); states in float32.
     assert cost.state_bytes == 3 * (64 * 4 * 2 + 4 * 8 * 8 * 4)
-    with pytest.raises(ValueError, match="--model describes the checkpoint"):
-        shapes.resolve_model(parse(throughput, "some/model", "--model", "hybrid"))
+    options = [f"--{name.replace('_', '-')}={tiny[name]}" for name in shapes.SHAPE_OPTIONS]
+    made = shapes.resolve_model(parse(throughput, "hybrid", *options, "--workdir", str(tmp_path)))
+    assert AutoConfig.from_pretrained(made).model_type == "qwen3_next"
 
 
 def test_model_cost_counts_a_tied_head_once() -> None:
