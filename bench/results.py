@@ -57,7 +57,10 @@ def figures_of(
             figures[f"{opponent.partition('.')[0]}_{name}_tokens_per_s_{size}"] = r.their_rate.median
             figures[f"equal_leading_share_{w.name}"] = sum(r.equal) / len(r.equal)
     held = memory["peak_bytes"] - memory["baseline_bytes"]
-    figures["peak_memory_ratio"] = held / (setup.cost.weight_bytes + setup.kv_bytes)
+    states = setup.cost.state_bytes * int(setup.config.get("max_num_seqs", 0))
+    figures["peak_memory_ratio"] = held / (setup.cost.weight_bytes + setup.kv_bytes + states)
+    if states:
+        figures["state_bytes_ratio"] = memory["state_bytes"] / states
     figures["peak_memory_bytes"] = memory["peak_bytes"]
     figures["baseline_memory_bytes"] = memory["baseline_bytes"]
     figures["weight_bytes"] = setup.cost.weight_bytes

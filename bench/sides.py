@@ -90,7 +90,8 @@ class MoeyardSide:
         return answer if touched is None else {**answer, "experts_touched": touched.mean}
 
     def memory(self) -> dict[str, int]:
-        return {"baseline_bytes": self._baseline, "peak_bytes": memory_peak(self._cuda)}
+        states = self._engine.info["state_bytes"]
+        return {"baseline_bytes": self._baseline, "peak_bytes": memory_peak(self._cuda), "state_bytes": states}
 
 
 class _Touched:

@@ -126,6 +126,10 @@ def run(args: argparse.Namespace) -> int:
     if args.against == LLAMA:
         check_installed()
     setup = prepare(args, workloads)
+    if setup.cost.state_bytes and any(w.name == "continuous" for w in workloads):
+        if args.workloads is not None:
+            raise ValueError("--workloads: transformers' generate_batch refuses models with linear attention")
+        workloads = [w for w in workloads if w.name != "continuous"]
     rates = measure_peaks(setup, args)
     opponent = None
     with ExitStack() as stack:
