@@ -87,7 +87,8 @@ class Leaving:
         at = np.add.outer(np.array(first, dtype=np.int64), np.array(self.spread(held), dtype=np.int64))
         left = np.maximum(0, self.ns - np.maximum(0, at - rates.hidden_ns) - rates.guest_ns) * PS
         left[left < rates.expert_ps] = 0
-        return left.sum(1).tolist()  # type: ignore[no-any-return]
+        works: list[int] = left.sum(1).tolist()
+        return works
 
     def spread(self, held: Held) -> list[int]:
         """How long after the first whole copy others come (ns), if all ranks that have one send it on at once, and all
