@@ -5,6 +5,7 @@ every token must be the one that a pass over all before it prefers. That is what
 short prompt is compared with `generate` itself.
 """
 
+import contextlib
 import functools
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
+from moeyard.engine.group import RankLost
 from moeyard.engine.messages import Submit
 from moeyard.engine.params import SamplingParams
 
@@ -92,3 +94,30 @@ def test_with_a_part_of_the_experts_in_memory(architecture, saved):
     assert engine.stats(with_experts=False).expert_misses
     engine.close()
     assert_greedy(path, ids, ours)
+
+
+def test_a_step_that_was_given_up_is_computed_again(saved):
+    path, ids = saved("qwen3_next"), some_prompts()[:3]
+    engine = engine_of(path)
+    run, given_up = engine._run, []
+
+    def cut_off(step):
+        logits = run(step)
+        if len(given_up) < 2 and engine._steps in (3, 9):  # in a prompt's chunks, and while all decode
+            given_up.append(step)
+            engine._steps += 1
+            raise RankLost(engine.progress, ConnectionError("a rank is gone"))
+        return logits
+
+    engine._run = cut_off
+    options = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True).to_dict()
+    out = {str(i): [] for i in range(3)}
+    for i, prompt in enumerate(ids):
+        engine.submit(Submit(request_id=str(i), prompt_ids=prompt, params=options))
+    while engine.has_work:
+        with contextlib.suppress(RankLost):
+            for delta in engine.step():
+                out[delta.request_id] += delta.token_ids
+    engine.close()
+    assert len(given_up) == 2
+    assert_greedy(path, ids, list(out.values()))
