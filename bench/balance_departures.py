@@ -359,10 +359,10 @@ def add_departures(
         for interval, until in enumerate(leaving.edges[1:]):
             count = until * links_of // FINE // near_ns
             times = (first_ns * (ends[:, 0] <= interval) + later_ns * (ends[:, 1] <= interval)) // near_ns
-            used = np.flatnonzero(times)
-            if len(used):
-                limit = nought + count * (1 if by_node else ranks_of[whose])
-                rows.add(limit, (np.zeros_like(used), of_those[used], times[used]))
+            taking = np.flatnonzero(times)
+            if len(taking):
+                most_of_them = nought + count * (1 if by_node else ranks_of[whose])
+                rows.add(most_of_them, (np.zeros_like(taking), of_those[taking], times[taking]))
     return most
 
 
