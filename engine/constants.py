@@ -30,7 +30,7 @@ from ..scheduler.offload_cost import DiskCost, RoutingSummary
 if TYPE_CHECKING:
     import torch
 
-    from .weights import ExpertReader
+    from .expert_reader import ExpertReader
 
 MAX_AGE = timedelta(days=30)
 

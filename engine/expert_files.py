@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .checkpoint import Entry, stamp_of
-from .weights import ExpertReader
+from .expert_reader import ExpertReader
 
 BLOCK = 4096
 """Offsets, lengths and addresses of reads are multiples of this: what `O_DIRECT` asks for on today's disks, and a

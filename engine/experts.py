@@ -17,7 +17,7 @@ import torch
 from ..kernels.quantised import Format, QuantisedMatrix, QuantisedStack
 from ..scheduler.table import EMPTY
 from .expert_files import AlignedBuffer
-from .weights import ExpertReader
+from .expert_reader import ExpertReader
 
 if TYPE_CHECKING:
     from ..kernels.listed_experts import ListedExpert

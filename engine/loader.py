@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..scheduler.table import EMPTY
 from .checkpoint import Checkpoint
 from .config import EngineConfig
+from .dense_weights import load_dense
 from .experts import ExpertPool, load_experts
 from .memory import Footprint, choose_device, footprint
 from .model import ModelSpec, build, choose_dtype, choose_max_model_len, load_config, probe
@@ -22,7 +23,7 @@ from .moe import MoEFunction, MoELayer
 from .offload_plan import OffloadPlan
 from .quantised_layouts import take_layout
 from .quantised_reader import check_quantised, reader_for
-from .weights import WeightMap, load_dense
+from .weights import WeightMap
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ from .predict.choose import Chosen, predictors_for
 from .store_size import StoreSize, choose_size, share_out
 
 if TYPE_CHECKING:
+    from .expert_reader import ExpertReader
     from .loader import Blueprint
-    from .weights import ExpertReader
 
 POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "predicted": PredictedNow,

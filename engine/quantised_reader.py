@@ -10,9 +10,10 @@ import torch
 
 from ..kernels.quantised import FORMATS, Format, QuantisedMatrix, joined
 from .checkpoint import Entry
+from .expert_reader import ExpertReader, joins_rows
 from .model import ExpertsSpec, ModelSpec
 from .quantised_layouts import Layout
-from .weights import ExpertReader, WeightMap, joins_rows
+from .weights import WeightMap
 
 
 class QuantisedReader(ExpertReader):

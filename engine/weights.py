@@ -1,25 +1,23 @@
 """From a checkpoint's tensors to the model's: names and layouts through transformers' own conversion mapping.
 
 `WeightMap` decides, from names and shapes alone, which stored tensors make which parameter, and refuses what is
-missing, extra or wrongly shaped. `load_dense` fills everything but the experts; `ExpertReader` reads one expert at a
-time, from per-expert tensors or from slices of fused ones, so that a rank or an offload store reads only what it
-owns.
+missing, extra or wrongly shaped. `dense_weights.load_dense` fills everything but the experts;
+`expert_reader.ExpertReader` reads one expert at a time, from per-expert tensors or from slices of fused ones, so that a
+rank or an offload store reads only what it owns.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -27,10 +25,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..kernels.quantised import Format
 from .checkpoint import QUANTISED_TYPES, Checkpoint, Entry
 from .model import ExpertsSpec
 from .quantised_layouts import Layout
+
+if TYPE_CHECKING:
+    from .expert_reader import ExpertReader
 
 T = TypeVar("T")
 _INTEGERS = {"I64", *QUANTISED_TYPES}
@@ -99,7 +99,7 @@ class WeightMap:
         self.expected = dict(model.state_dict())
         self.experts = {f"{spec.module}.{name}": spec for spec in experts for name in spec.parameters}
         self.recipes: dict[str, Recipe] = {}
-        self._make_reader = make_reader or ExpertReader
+        self._make_reader = make_reader
         self.layout = layout
         self.quantised: dict[str, dict[str, Entry]] = {}
         """Of each tensor that is stored quantised, by the name that a plain one would have: its parts by role."""
@@ -169,7 +169,7 @@ class WeightMap:
             if wanted != found:
                 self._wrong_shape(recipe.names[0], wanted)
             return
-        stacks = _stacks_first(recipe.converter)
+        stacks = stacks_first(recipe.converter)
         count = self.expected[recipe.target].shape[0] if stacks else 1
         for pattern in recipe.converter.source_patterns:
             names = recipe.sources.get(pattern, [])
@@ -268,7 +268,9 @@ class WeightMap:
         return sorted(recipes, key=lambda r: (str(self.entries[r.names[0]].file), r.names[0]))
 
     def reader(self, spec: ExpertsSpec) -> ExpertReader:
-        return self._make_reader(self, spec)
+        from .expert_reader import ExpertReader
+
+        return (self._make_reader or ExpertReader)(self, spec)
 
     def dtype_of(self, target: str) -> torch.dtype:
         """The type a parameter is kept in: the model's, or float32 where the architecture asks for it."""
@@ -282,238 +284,10 @@ class WeightMap:
         return dtype
 
 
-class ExpertReader:
-    """Reads the experts of one MoE layer one by one, in the model's layout."""
-
-    def __init__(self, weights: WeightMap, spec: ExpertsSpec):
-        self.spec = spec
-        self.checkpoint = weights.checkpoint
-        self._weights = weights
-        self._recipes = {name: weights.recipes[f"{spec.module}.{name}"] for name in spec.parameters}
-
-    @property
-    def format(self) -> Format | None:
-        """What the matrices are kept in; None for plain ones."""
-        return None
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the tensors that are kept of an expert."""
-        return self.spec.parameters
-
-    @property
-    def transposed(self) -> bool:
-        """Whether matrices are read with their outputs contiguous, not their inputs."""
-        return self.spec.is_transposed
-
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """What is computed in."""
-        return self._weights.dtype_of(f"{self.spec.module}.down_proj")
-
-    @property
-    def kept_as(self) -> str:
-        """The type of the matrices, by name."""
-        return self.format.name if self.format else str(self.activation_dtype).removeprefix("torch.")
-
-    def matrix(self, parameter: str) -> tuple[int, int]:
-        """Outputs and inputs of one of an expert's matrices."""
-        rows, columns = self._weights.expected[f"{self.spec.module}.{parameter}"].shape[1:]
-        return (columns, rows) if self.spec.is_transposed else (rows, columns)
-
-    def shape(self, parameter: str) -> tuple[int, ...]:
-        """Shape of what is kept of an expert under this name."""
-        return self._plain_shape(parameter)
-
-    def _plain_shape(self, parameter: str) -> tuple[int, ...]:
-        """Shape of one expert's part of a stacked parameter."""
-        return tuple(self._weights.expected[f"{self.spec.module}.{parameter}"].shape[1:])
-
-    def dtype(self, parameter: str) -> torch.dtype:
-        return self._weights.dtype_of(f"{self.spec.module}.{parameter}")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one expert as kept in memory."""
-        return sum(self.dtype(p).itemsize * _size(self.shape(p)) for p in self.parameters)
-
-    def read(self, expert: int) -> dict[str, torch.Tensor]:
-        """Parameters of one expert, each of `shape(parameter)`, in the checkpoint's type; copy what is kept."""
-        return self.tensors(
-            {
-                name: {pattern: self.checkpoint.read_part(part) for pattern, part in parts.items()}
-                for name, parts in self.parts(expert).items()
-            }
-        )
-
-    def tensors(self, stored: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """What `read` gives, of the tensors that `parts` tells of."""
-        return {name: self.assemble(name, parts) for name, parts in stored.items()}
-
-    def copies(
-        self, stored: Mapping[str, Mapping[str, torch.Tensor]], into: Mapping[str, torch.Tensor]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs (part of `into`, tensor) that, copied, put there what `tensors` gives."""
-        for name, parts in stored.items():
-            yield from self.places(name, parts, into[name])
-
-    def parts(self, expert: int) -> dict[str, dict[str, Entry]]:
-        """Where one expert is stored: for each parameter, what stands for each of the conversion's source patterns."""
-        return {name: self._parts(recipe, expert) for name, recipe in self._recipes.items()}
-
-    def assemble(self, parameter: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A parameter of one expert, made of the tensors that `parts` tells of."""
-        weights, recipe = self._weights, self._recipes[parameter]
-        made = recipe.convert({p: [tensor] for p, tensor in stored.items()}, weights.model.config)[recipe.target]
-        weights.check_made(recipe, recipe.target, tuple(made.shape), (1, *self._plain_shape(parameter)))
-        return made[0]
-
-    def places(
-        self, parameter: str, stored: Mapping[str, torch.Tensor], into: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs (part of `into`, tensor) that, copied, put there what `assemble` gives: without a copy in between
-        where the conversion does no more than to put tensors side by side.
-        """
-        converter = self._recipes[parameter].converter
-        joins = [] if converter is None else [o for o in converter.operations if not isinstance(o, MergeModulelist)]
-        if converter is not None and len(joins) == 1 and isinstance(joins[0], Concatenate) and joins[0].dim > 0:
-            dim = joins[0].dim - 1  # the experts' is the first
-            parts = [stored[p] for p in converter.source_patterns]
-            parts = [part[0] if part.dim() > into.dim() else part for part in parts]
-            rooms = _side_by_side(into, dim, parts)
-            if rooms is not None:
-                return list(zip(rooms, parts, strict=True))
-        return [(into, self.assemble(parameter, stored))]
-
-    def as_stored(self, expert: int) -> dict[str, list[Entry]] | None:
-        """Where each parameter of an expert stands in files just as it is kept in memory, but that blocks of a matrix's
-        rows, such as those of gate and up, need not follow each other; None if one does not.
-        """
-        found = {name: self._as_stored(name, self._parts(recipe, expert)) for name, recipe in self._recipes.items()}
-        kept = {name: entries for name, entries in found.items() if entries is not None}
-        return kept if len(kept) == len(found) and not self.spec.is_transposed else None
-
-    def _as_stored(self, parameter: str, stored: Mapping[str, Entry]) -> list[Entry] | None:
-        converter = self._recipes[parameter].converter
-        joins = [] if converter is None else [o for o in converter.operations if not isinstance(o, MergeModulelist)]
-        if joins and not (len(joins) == 1 and isinstance(joins[0], Concatenate) and joins[0].dim == 1):
-            return None
-        parts = [stored[p] for p in converter.source_patterns] if converter is not None else list(stored.values())
-        shape, dtype = self.shape(parameter), self.dtype(parameter)
-        rows = [part.nbytes // dtype.itemsize // _size(shape[1:]) for part in parts]
-        blocks = [replace(part, shape=(n, *shape[1:])) for part, n in zip(parts, rows, strict=True)]
-        if sum(rows) != shape[0] or any(part.torch_dtype != dtype or part.shape[-1] != shape[-1] for part in parts):
-            return None
-        joined = blocks[:1]
-        for block in blocks[1:]:
-            last = joined[-1]
-            if (block.file, block.begin) == (last.file, last.begin + last.nbytes):
-                joined[-1] = replace(
-                    last, shape=(last.shape[0] + block.shape[0], *shape[1:]), nbytes=last.nbytes + block.nbytes
-                )
-            else:
-                joined.append(block)
-        return joined if len(shape) > 1 or len(joined) == 1 else None
-
-    def _parts(self, recipe: Recipe, expert: int) -> dict[str, Entry]:
-        entries = self._weights.entries
-        if recipe.converter is None or _slicewise(recipe.converter):
-            return {p: entries[names[0]].row(expert) for p, names in recipe.sources.items()}
-        if _stacks(recipe.converter):
-            return {p: entries[recipe.sources[p][expert]] for p in recipe.converter.source_patterns}
-        raise ValueError(
-            f"checkpoint: {recipe.target} is made by {recipe.converter.operations}, which mixes experts; expected"
-            " one tensor per expert or a tensor whose first dimension is the experts"
-        )
-
-
-def load_dense(weights: WeightMap, device: torch.device) -> Iterator[int]:
-    """Reads every parameter and buffer but the experts' into the model, on `device`; yields bytes read as it goes."""
-    model = weights.model
-    loaded = set()
-    for recipe in weights.dense:
-        tensors = {p: [weights.read(n) for n in names] for p, names in recipe.sources.items()}
-        for target, tensor in recipe.convert(tensors, model.config).items():
-            weights.check_made(recipe, target, tuple(tensor.shape), tuple(weights.expected[target].shape))
-            kept = tensor.to(device=device, dtype=weights.dtype_of(target))
-            # A part of a larger tensor would keep all of that alive.
-            whole = kept.is_contiguous() and kept.untyped_storage().nbytes() == kept.nbytes
-            _assign(model, target, kept if whole else kept.clone(memory_format=torch.contiguous_format))
-            loaded.add(target)
-        yield sum(weights.nbytes_of(n) for n in recipe.names)
-    _tie(model, loaded)
-    for name, buffer in list(model.named_buffers()):
-        if not buffer.is_meta and buffer.device != device:
-            _assign(model, name, buffer.to(device))
-    left = [n for n, t in model.state_dict().items() if t.is_meta and n not in weights.experts]
-    assert not left, f"not loaded: {left}"
-
-
-def _tie(model: PreTrainedModel, loaded: set[str]) -> None:
-    """Parameters that the checkpoint leaves out because they are another one's."""
-    tied = model.all_tied_weights_keys
-    for target in tied:
-        if target in loaded:
-            continue
-        source = target
-        while source in tied and source not in loaded:
-            source = tied[source]
-        _assign(model, target, model.get_parameter(source))
-
-
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-    elif isinstance(tensor, nn.Parameter):
-        module._parameters[leaf] = tensor
-    else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
-
-def joins_rows(recipe: Recipe) -> bool:
-    """Whether an expert's matrix is one stored matrix, or several of them one below the other."""
-    if recipe.converter is None:
-        return True
-    joins = [o for o in recipe.converter.operations if not isinstance(o, MergeModulelist)]
-    below = len(joins) == 1 and isinstance(joins[0], Concatenate) and joins[0].dim == 1
-    return _stacks_first(recipe.converter) and (not joins or below)
-
-
-def _stacks_first(converter: WeightConverter) -> bool:
+def stacks_first(converter: WeightConverter) -> bool:
     """Whether the first operation stacks one tensor per expert."""
     first = converter.operations[0]
     return isinstance(first, MergeModulelist) and first.dim == 0
-
-
-def _stacks(converter: WeightConverter) -> bool:
-    """Whether an expert is made of its own tensors alone."""
-    return _stacks_first(converter) and _slicewise_operations(converter.operations[1:])
-
-
-def _slicewise(converter: WeightConverter) -> bool:
-    return not any(isinstance(o, MergeModulelist) for o in converter.operations) and _slicewise_operations(
-        converter.operations
-    )
-
-
-def _slicewise_operations(operations: list[Any]) -> bool:
-    """Whether each operation says that it works along other dimensions than the experts'."""
-    for operation in operations:
-        dims = [v for k, v in vars(operation).items() if k.startswith("dim") and isinstance(v, int)]
-        if not dims or any(d == 0 for d in dims):
-            return False
-    return True
-
-
-def _side_by_side(into: torch.Tensor, dim: int, parts: list[torch.Tensor]) -> list[torch.Tensor] | None:
-    """`into` divided along `dim` among tensors of the shapes of `parts`; None if they do not fill it exactly."""
-    widths = [part.shape[dim] for part in parts]
-    if sum(widths) != into.shape[dim]:
-        return None
-    rooms = list(into.split(widths, dim))
-    return rooms if all(room.shape == part.shape for room, part in zip(rooms, parts, strict=True)) else None
 
 
 def _missing_of(names: list[str], count: int) -> str:
@@ -528,10 +302,3 @@ def _missing_of(names: list[str], count: int) -> str:
             if absent is not None:
                 return "".join([*pieces[0][:position], str(absent), *pieces[0][position + 1 :]])
     return ""
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

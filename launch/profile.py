@@ -25,9 +25,9 @@ from ..scheduler.offload_cost import DiskCost
 if TYPE_CHECKING:
     from ..engine.constants import Record
     from ..engine.expert_files import ExpertFiles
+    from ..engine.expert_reader import ExpertReader
     from ..engine.loader import Blueprint
     from ..engine.moe import MoELayer
-    from ..engine.weights import ExpertReader
 
 POOL_BYTES = 2**28
 """Experts that are loaded for one rank's measurement, at least: more than caches hold."""
