@@ -216,6 +216,12 @@ def _make_copy(shape: LayerShape, dtype: Any, device: str) -> Copy:
     pool = SimpleNamespace(
         up_SND=up_SND,
         down_SDI=down_SDI,
+        up=up_SND,
+        down=down_SDI,
+        format=None,
+        dtype=dtype,
+        hidden=shape.hidden,
+        width=shape.width,
         up_bias_SN=None,
         down_bias_SD=None,
         num_slots=shape.experts,

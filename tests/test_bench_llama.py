@@ -71,7 +71,7 @@ def test_ratios_have_the_names_that_are_asked_for() -> None:
         for x, (n, r, i, o) in zip((2.0, 3.0, 4.0), sizes, strict=True)
     ]
     memory = {"peak_bytes": 2, "baseline_bytes": 1}
-    setup: Any = SimpleNamespace(cost=cost, kv_bytes=1)
+    setup: Any = SimpleNamespace(cost=cost, kv_bytes=1, config={})
     figures = figures_of(results, setup, Peaks(flops_per_s=1.0, bytes_per_s=1.0), memory, "llama.cpp")
     wanted = {"llama_ratio_16": 2.0, "llama_ratio_1": 3.0, "llama_ratio_prefill": 4.0}
     assert {name: value for name, value in figures.items() if "_ratio_" in name and "memory" not in name} == wanted

@@ -82,13 +82,12 @@ def test_random_routings(data):
     x = tensor(tokens, dim, dtype=dtype)
     up, down = tensor(experts, 2 * width, dim, dtype=dtype), tensor(experts, dim, width, dtype=dtype, seed=1)
     rows = sort_rows(ids, experts)
-    groups, used = (rows.starts, None if listed else rows.experts_G), rows.experts_G.tolist()
-    up_of = [(up[e, :width], up[e, width:]) for e in used] if listed else up
+    used = rows.experts_G.tolist()
     down_of = [down[e] for e in used] if listed else down
     if not used:
         return
-    h = grouped_gate_up_silu(x, up_of, *groups, rows.token_R, way=MANY_ROWS)
-    y = grouped_linear(h, down_of, *groups, way=MANY_ROWS)
+    h = grouped_gate_up_silu(x, up, rows.starts, rows.experts_G, rows.token_R, way=MANY_ROWS)
+    y = grouped_linear(h, down_of, rows.starts, None if listed else rows.experts_G, way=MANY_ROWS)
     expert_R = torch.repeat_interleave(torch.arange(experts), rows.counts_E)
     for row, (token, expert) in enumerate(zip(rows.token_R.tolist(), expert_R.tolist(), strict=True)):
         gate, value = (up[expert].double() @ x[token].double()).chunk(2)
