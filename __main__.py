@@ -16,6 +16,7 @@ from .launch.cli import Parser, add_options, config_from, one_model
 
 BENCHES = {
     "throughput": "output tokens per second, against other engines",
+    "kernels": "one layer's experts on the shapes of known models, against other implementations",
     "latency": "time of one batch, prefill and decode apart",
     "serve": "a running server under a stream of requests",
     "ep": "ranks against one rank: rates, memory, bytes sent, where the time goes",

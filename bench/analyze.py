@@ -25,6 +25,7 @@ from ..scheduler.residency.slots import Budget
 from . import analyze_report
 from .analyze_report import LENGTHS, RATIOS, RULES, Locality
 from .offload_speed import verdict
+from .quantised_error import error_table, format_errors
 from .replay import Task, replayed, shares
 from .report import emit
 from .token_trace import TokenTrace, read_token_trace, write_token_trace
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         trace = _record(args, config)
     progress = config is None or config.progress
     found = measure(trace, progress)
+    errors = format_errors(config) if config is not None else []
     setting = _setting(args, config, trace, device, free)
     rows = _speeds(args, trace, residents, *setting, progress) if setting is not None else []
     keep_routing(trace, rows)
@@ -97,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
     )
     print(analyze_report.locality_tables(found))
     print()
+    if errors:
+        print(f"{error_table(errors)}\n")
     if setting is not None:
         need, machine = setting
         print(analyze_report.speed_table(rows, machine))
@@ -111,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--picture {args.picture}: {error.strerror}; give a file that can be written") from error
     if args.json:
         samples = {"skew": [dataclasses.asdict(s) for s in found.skew], "rows": [dataclasses.asdict(r) for r in rows]}
-        emit("analyze", analyze_report.figures(found, rows), samples, args.json)
+        figures = analyze_report.figures(found, rows) | {f"error_{e.name}": e.outputs for e in errors[1:]}
+        emit("analyze", figures, samples, args.json)
     return 0
 
 

@@ -20,8 +20,10 @@ from .balance_departures import add_departures
 
 AVAILABLE = find_spec("scipy") is not None
 """Whether there is a solver. It is imported when it is needed: that takes a while."""
-ENOUGH = 0.97
+ENOUGH = 0.95
 """A plan whose `model.bound` is that near to its time needs no better one."""
+FINENESS = 100
+"""The bound is known to one part of so many."""
 EXACT = 1 << 40
 """Multipliers are rounded to so many parts of one."""
 FINE = 1 << 30
@@ -34,14 +36,19 @@ def sharper(problem: Problem, time_ns: int) -> int:
     row = max(problem.rates.row_ps, problem.rates.wire_ps)
     if not AVAILABLE or least >= ENOUGH * time_ns or not row or problem.rates.shared_ps or problem.ranks == 1:
         return least
-    base = problem.rates.base_ns
-    low, high = least - base - 1, time_ns - base
-    while high - low > max(1, high // 1000):  # all below `low` is impossible
-        middle = (low + high) // 2
-        if impossible(problem, middle):
-            low = middle
-        else:
-            high = middle
+    base, enough = problem.rates.base_ns, int(ENOUGH * time_ns)
+    low, most = least - base - 1, time_ns - base
+    for more in (False, True):
+        high = most
+        middle = enough - base  # it need not be known better than that
+        while low + base < enough and high - low > max(1, high // FINENESS):  # all below `low` is impossible
+            if _refuted(_programme(problem, middle, departures=more)):
+                low = middle
+            else:
+                high = middle
+            middle = (low + high) // 2
+        if low + base >= enough:
+            return low + 1 + base
     return low + 1 + base
 
 

@@ -81,15 +81,14 @@ class Leaving:
         left = self.left_ps(at)
         return left if left >= self.problem.rates.expert_ps else 0
 
-    def copies(self, held: Held, at: int) -> int:
-        """Work (ps) of whole copies of which the first arrives then."""
-        work = 0
-        for later in self.spread(held):
-            left = self.copy_ps(at + later)
-            if not left:
-                break
-            work += left
-        return work
+    def copies(self, held: Held, first: list[int]) -> list[int]:
+        """Work (ps) of whole copies of which the first arrives at each of these times."""
+        rates = self.problem.rates
+        at = np.add.outer(np.array(first, dtype=np.int64), np.array(self.spread(held), dtype=np.int64))
+        left = np.maximum(0, self.ns - np.maximum(0, at - rates.hidden_ns) - rates.guest_ns) * PS
+        left[left < rates.expert_ps] = 0
+        works: list[int] = left.sum(1).tolist()
+        return works
 
     def spread(self, held: Held) -> list[int]:
         """How long after the first whole copy others come (ns), if all ranks that have one send it on at once, and all
@@ -166,6 +165,9 @@ class Leaving:
             others = FINE + (far_rate if self.several else 0)
             for i in range(self.gaps):
                 end = (i + 1) * step
+                thirds = [
+                    self.copies(held, [at + i * step + wait * whole_ns // 2 for at in starts]) for wait in range(3)
+                ]
                 for share in range(SHARES):
                     least = i * step * share // SHARES
                     brings = end * (share + 1) * others // (SHARES * FINE) + 1
@@ -176,17 +178,16 @@ class Leaving:
                         brings, delay = group_ns, 0
                     total = max(0, group_ns - brings - passed_on)
                     before = max(0, total - end * own // FINE - 1)
+                    passed = self.copies(one_copy, [at + delay for at in starts])
                     works = [
-                        at_once + self.copies(one_copy, at + delay) - self.copy_ps(at + delay) + more
+                        at_once + others_too - self.copy_ps(at + delay) + more
                         if at_once and more
                         else 0  # without one of them it is another way
-                        for at, at_once, more in zip(starts, firsts, grouped[i], strict=True)
+                        for at, at_once, others_too, more in zip(starts, firsts, passed, grouped[i], strict=True)
                     ]
                     kind(whole_ns + before, works, (end, total - before))
                     for third in range(3):  # another whole copy after the group
-                        wait = third * whole_ns // 2
-                        third_P = [self.copies(held, at + i * step + wait) for at in starts]
-                        works2 = [a + b if a and b else 0 for a, b in zip(works, third_P, strict=True)]
+                        works2 = [a + b if a and b else 0 for a, b in zip(works, thirds[third], strict=True)]
                         if third < 2:
                             until = end + (third + 1) * whole_ns // 2 + 1
                             kind(whole_ns + before, works2, (until, total - before + whole_ns))
@@ -198,8 +199,8 @@ class Leaving:
 
         step = self.gap_ns()
         firsts = [self.copy_ps(at) for at in starts]
-        lone = [self.copies(one_copy, at) for at in starts]
-        again = [[self.copies(held, at + i * step) for at in starts] for i in range(self.gaps + 1)]
+        lone = self.copies(one_copy, starts)
+        again = [self.copies(held, [at + i * step for at in starts]) for i in range(self.gaps + 1)]
         far_rate = FINE * FINE // max(1, self.dearer) + 1
         own = held.ranks * FINE + held.nodes * far_rate
         kind(whole_ns, lone)
@@ -350,14 +351,18 @@ def add_departures(
                     must += _must_leave(problem, ns, leaving, loads, [it for _, it in those], links_of)
             columns = np.array([column for column, _ in those], dtype=np.int64)
             rows.add(nought - must, (np.zeros_like(columns), columns, -1))
+        of_those = np.array([column for column, _ in those], dtype=np.int64)
+        # Of each way when its first and its last use ends, and how long the links were busy.
+        ends = np.array([[it.uses[0][0], it.uses[-1][0]] for _, it in those], dtype=np.int64).reshape(-1, 2)
+        first_ns = np.array([it.uses[0][1] for _, it in those], dtype=np.int64)
+        later_ns = np.array([it.uses[1][1] if len(it.uses) > 1 else 0 for _, it in those], dtype=np.int64)
         for interval, until in enumerate(leaving.edges[1:]):
             count = until * links_of // FINE // near_ns
-            left = [(column, sum(busy for i, busy in it.uses if i <= interval) // near_ns) for column, it in those]
-            left = [it for it in left if it[1]]
-            if not left:
-                continue
-            columns, times = (np.array(it, dtype=np.int64) for it in zip(*left, strict=True))
-            rows.add(nought + count * (1 if by_node else ranks_of[whose]), (np.zeros_like(columns), columns, times))
+            times = (first_ns * (ends[:, 0] <= interval) + later_ns * (ends[:, 1] <= interval)) // near_ns
+            taking = np.flatnonzero(times)
+            if len(taking):
+                most_of_them = nought + count * (1 if by_node else ranks_of[whose])
+                rows.add(most_of_them, (np.zeros_like(taking), of_those[taking], times[taking]))
     return most
 
 

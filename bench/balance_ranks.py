@@ -302,7 +302,7 @@ class _RankBench:
         ids = token_experts(rows_PE[group.position], tokens)
         ids_TK = torch.from_numpy(np.random.default_rng(seed).permutation(ids))
         generator = torch.Generator().manual_seed(seed + 1000 * group.position)
-        x_TD = torch.randn(tokens, self.layers[0].pool.down_SDI.shape[1], generator=generator).to(self.dtype)
+        x_TD = torch.randn(tokens, self.layers[0].pool.hidden, generator=generator).to(self.dtype)
         weights_TK = torch.full((tokens, spec.top_k), 1 / spec.top_k)
         self.parallel.balancing = side == "balanced"
         before = self.parallel.figures()

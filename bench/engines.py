@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from . import roofline, shapes
@@ -100,13 +101,16 @@ def start_moeyard(stack: ExitStack, setup: Setup) -> Side:
 
 @dataclass(kw_only=True)
 class Opponent:
-    """transformers, loaded, with the experts implementation chosen for each workload."""
+    """Another engine, loaded; of transformers the experts implementations that were tried for each workload."""
 
     side: Side
     environment: str
-    probes: dict[str, dict[str, Any]]
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def implementation(self, workload: Workload) -> str:
+        """The fastest one for the workload; "" where there is no choice."""
+        if not self.probes:
+            return ""
         seconds = self.probes[workload.name]["seconds"]
         return min(seconds, key=seconds.__getitem__)
 
@@ -124,6 +128,30 @@ def start_transformers(stack: ExitStack, setup: Setup, args: argparse.Namespace,
         if opponent is not best:
             opponent.side.close()
     return best
+
+
+def start_llama(stack: ExitStack, setup: Setup, workloads: list[Workload]) -> Opponent:
+    """llama.cpp with the same weights, from a GGUF file that is kept beside the bench checkpoints.
+
+    Raises ValueError for another device, type or architecture.
+    """
+    from .gguf_file import gguf_of
+
+    if setup.device != "cpu" or setup.config["dtype"] != "bfloat16":
+        raise ValueError("--against llama.cpp compares on CPUs and in bfloat16; leave out --device and --dtype")
+    path = gguf_of(Path(setup.model), shapes.user_cache())
+    side = stack.enter_context(Side("llama.cpp", child_environment(setup.threads, setup.overlay), module="llama_side"))
+    side.call(
+        "load",
+        what="loading",
+        timeout=LOAD_TIMEOUT_S,
+        path=str(path),
+        threads=setup.threads,
+        tokens=-(-max(w.input_len + w.output_len for w in workloads) // 256) * 256,
+        requests=max(w.requests for w in workloads),
+        batch=setup.config["max_batched_tokens"],
+    )
+    return Opponent(side=side, environment="same")
 
 
 def _probe(side: Side, setup: Setup, args: argparse.Namespace, workloads: list[Workload]) -> dict[str, dict[str, Any]]:

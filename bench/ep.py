@@ -25,7 +25,7 @@ from ..launch.local import LocalLauncher
 from .report import emit, spread, table
 from .shapes import add_shape_options, resolve_model
 
-_PARTS_OF_MEMORY = ("dense_bytes", "own_expert_bytes", "guest_bytes", "kv_bytes")
+_PARTS_OF_MEMORY = ("dense_bytes", "own_expert_bytes", "guest_bytes", "kv_bytes", "state_bytes")
 PARTS = ("attention", "plan", "dispatch", "experts", "combine", "wait", "shared")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..engine.config import EngineConfig, format_size
+from ..scheduler.offload_cost import DiskCost
 from .disk_rate import disk_cost
 from .fitted import save_predictor
 from .report import emit, spread, table
@@ -130,6 +131,8 @@ class Bench:
         self.shares = list(shares)
         self.sides = ExitStack()
         self.samples: dict[str, Any] = {}
+        self.disks: list[DiskCost] = []
+        """After each turn: a disk that others use, too, is not the same for long."""
         self.predictor: str | None = None
         self.routing: str | None = None
         if trace is not None:
@@ -163,6 +166,8 @@ class Bench:
         for repeat in tqdm(range(args.repeats + 1), desc="turns", unit="turn"):
             for name, side in sides.items():
                 self._turn(name, side, repeat, name in theirs)
+            if repeat:
+                self.disks.append(disk_cost(EngineConfig(model=self.model, device="cpu"), now=True))
         self._report(list(ours), list(theirs))
 
     def _start(self, name: str, options: dict[str, str] | None, share: float | None) -> Side:
@@ -215,8 +220,7 @@ class Bench:
         args = self.args
         big, small = (f"{share:g} %" for share in self.shares)
         step = {name: spread([s["step_s"] for s in self.samples[name]]).median for name in (*ours, *theirs)}
-        disk = disk_cost(EngineConfig(model=self.model, device="cpu"), progress=True)
-        rate, expert_bytes = disk.bytes_per_s, disk.expert_bytes
+        rates, expert_bytes = [disk.bytes_per_s for disk in self.disks], self.disks[0].expert_bytes
         bound: dict[str, float] = {}
         rows = []
         for name in (*ours, *theirs):
@@ -226,7 +230,12 @@ class Bench:
             misses = statistics.median([c.get("expert_misses", 0) / steps for c in counted])
             read = statistics.median([c.get("expert_read_bytes", 0) / steps for c in counted])
             if name in ours[2:]:
-                bound[name] = max(misses * expert_bytes / rate, step["resident"]) / step[name]
+                bound[name] = statistics.median(
+                    max(c["expert_misses"] / steps * expert_bytes / rate, whole["step_s"]) / turn["step_s"]
+                    for c, rate, whole, turn in zip(
+                        counted, rates, self.samples["resident"], self.samples[name], strict=True
+                    )
+                )
             rows.append(
                 [
                     name,
@@ -248,7 +257,8 @@ class Bench:
             "of the bound",
         ]
         print(table(header, rows))
-        print(f"\none expert is {format_size(expert_bytes)}; the disk gives {format_size(int(rate))}/s with them\n")
+        given = " to ".join(dict.fromkeys(format_size(int(rate)) for rate in (min(rates), max(rates))))
+        print(f"\none expert is {format_size(expert_bytes)}; the disk gave {given} per second with them\n")
         key_big, key_small = (f"{share:.0f}" for share in self.shares)
         figures = {
             f"vs_lru_{key_big}": self._ratio(f"{big}, LRU", big),
@@ -257,6 +267,7 @@ class Bench:
             f"bound_share_{key_small}": bound[small],
             "resident_overhead": self._ratio("store, all resident", "resident") - 1,
             f"tokens_per_s_{key_small}": args.requests / step[small],
+            "disk_bytes_per_s": statistics.median(rates),
         }
         if theirs:
             figures[f"vs_accelerate_{key_big}"] = self._ratio(theirs[0], big)

@@ -9,6 +9,8 @@ from . import report, roofline
 from .engines import Opponent, Setup
 from .sides import Workload
 
+LLAMA = "llama.cpp"
+
 
 @dataclass(kw_only=True)
 class Result:
@@ -38,7 +40,7 @@ class Result:
 
 
 def figures_of(
-    results: list[Result], setup: Setup, peaks: roofline.Peaks, memory: Mapping[str, int]
+    results: list[Result], setup: Setup, peaks: roofline.Peaks, memory: Mapping[str, int], opponent: str = ""
 ) -> dict[str, float]:
     """The report's numbers. Rates are tokens per second: output tokens, for `prefill` prompt tokens."""
     figures: dict[str, float] = {}
@@ -48,11 +50,17 @@ def figures_of(
             figures |= _roofline_figures(r, setup.cost, peaks)
         if r.theirs:
             name, size = _NAMES[w.name], w.input_len if w.name == "prefill" else w.requests
-            figures[f"{name}_ratio_{size}"] = r.ratio
-            figures[f"transformers_{name}_tokens_per_s_{size}"] = r.their_rate.median
+            if opponent == LLAMA:
+                figures[f"llama_ratio_{'prefill' if w.name == 'prefill' else size}"] = r.ratio
+            else:
+                figures[f"{name}_ratio_{size}"] = r.ratio
+            figures[f"{opponent.partition('.')[0]}_{name}_tokens_per_s_{size}"] = r.their_rate.median
             figures[f"equal_leading_share_{w.name}"] = sum(r.equal) / len(r.equal)
     held = memory["peak_bytes"] - memory["baseline_bytes"]
-    figures["peak_memory_ratio"] = held / (setup.cost.weight_bytes + setup.kv_bytes)
+    states = setup.cost.state_bytes * int(setup.config.get("max_num_seqs", 0))
+    figures["peak_memory_ratio"] = held / (setup.cost.weight_bytes + setup.kv_bytes + states)
+    if states:
+        figures["state_bytes_ratio"] = memory["state_bytes"] / states
     figures["peak_memory_bytes"] = memory["peak_bytes"]
     figures["baseline_memory_bytes"] = memory["baseline_bytes"]
     figures["weight_bytes"] = setup.cost.weight_bytes
@@ -89,10 +97,11 @@ def print_tables(results: list[Result], figures: Mapping[str, float], setup: Set
         row = [f"{w.name}: {w.requests} x {w.input_len} in, {w.output_len} out", _rate(r.our_rate)]
         row += [f"{bound:.1f}", f"{r.our_rate.median / bound:.0%}"] if bound else ["", ""]
         if opponent is not None:
-            row += [_rate(r.their_rate), f"{w.method}, {r.implementation}", f"{r.ratio:.2f} x"]
+            how = f"{w.method}, {r.implementation}" if r.implementation else "batches"
+            row += [_rate(r.their_rate), how, f"{r.ratio:.2f} x"]
         rows.append(row)
     header = ["tokens/s, median (range)", "moeyard", "roofline", "share"]
-    print(report.table(header + (["transformers", "by", "ratio"] if opponent else []), rows))
+    print(report.table(header + ([opponent.side.name, "by", "ratio"] if opponent else []), rows))
     held = figures["peak_memory_bytes"] - figures["baseline_memory_bytes"]
     print(
         f"\nmoeyard's peak memory: {format_size(held)} over a baseline of"
@@ -106,7 +115,7 @@ def print_tables(results: list[Result], figures: Mapping[str, float], setup: Set
     variables = " ".join(f"{k}={v}" for k, v in setup.overlay.items()) or "none"
     print(f"variables set for moeyard: {variables}")
     if opponent is not None:
-        print(f"variables set for transformers: {'the same' if opponent.environment == 'same' else 'none'}")
+        print(f"variables set for {opponent.side.name}: {'the same' if opponent.environment == 'same' else 'none'}")
         for name, probe in opponent.probes.items():
             for implementation, why in probe["skipped"].items():
                 print(f"transformers, {name}: {implementation} not tried: {why}")

@@ -8,6 +8,7 @@ Routing is taken as uniform: `B` tokens touch `E * (1 - (1 - k/E)^B)` of a layer
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -29,7 +30,8 @@ class ModelCost:
     """Sizes of a model, in parameters and elements.
 
     `dense_params` is read by every token: all but experts, embedding and head. `kv_elements` is what one token adds to
-    the cache of one layer, keys and values together.
+    the cache of one layer, keys and values together, and `layers` are those that have keys and values; the states of a
+    request in the others are `state_bytes`.
     """
 
     moe_layers: int
@@ -43,6 +45,7 @@ class ModelCost:
     kv_elements: int
     query_elements: int
     itemsize: int
+    state_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -61,10 +64,11 @@ def experts_touched(experts: int, top_k: int, tokens: int) -> float:
 
 
 def _step_seconds(cost: ModelCost, peaks: Peaks, *, tokens: int, heads: int, read: float, pairs: float) -> float:
-    """`tokens` new ones, logits for `heads` of them, `read` old tokens' keys and values, `pairs` of query and key."""
+    """`tokens` new ones, logits for `heads` of them, one per request, `read` old tokens' keys and values, `pairs` of
+    query and key. Each request's states are read and written once; what a state costs to compute is left out."""
     experts = cost.moe_layers * experts_touched(cost.experts, cost.top_k, tokens) * cost.expert_params
     weights = experts + cost.dense_params + cost.head_params
-    size = cost.itemsize * weights + cost.kv_bytes_per_token * (read + tokens)
+    size = cost.itemsize * weights + cost.kv_bytes_per_token * (read + tokens) + 2 * heads * cost.state_bytes
     per_token = cost.dense_params + cost.moe_layers * cost.top_k * cost.expert_params
     flops = 2 * tokens * per_token + 2 * heads * cost.head_params + 4 * pairs * cost.layers * cost.query_elements
     return max(size / peaks.bytes_per_s, flops / peaks.flops_per_s)
@@ -95,6 +99,8 @@ def model_cost(config: Any, dtype: str) -> ModelCost:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from ..engine.model import build, probe
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
@@ -119,6 +125,11 @@ def model_cost(config: Any, dtype: str) -> ModelCost:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         kv_elements, query_elements = 2 * kv_heads * head_dim, heads * head_dim
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    attending = sum("attention" in kind and kind != "linear_attention" for kind in kinds)
+    state_bytes = 0
+    if attending < len(kinds):
+        state_bytes = probe(build(copy.deepcopy(text), getattr(torch, dtype))).state_bytes
     return ModelCost(
         moe_layers=len(routed),
         experts=experts,
@@ -127,10 +138,11 @@ def model_cost(config: Any, dtype: str) -> ModelCost:
         dense_params=sum(p.numel() for p in model.parameters()) - routed_params - head_params - embedding_params,
         head_params=head_params,
         embedding_params=embedding_params,
-        layers=text.num_hidden_layers,
+        layers=attending,
         kv_elements=kv_elements,
         query_elements=query_elements,
         itemsize=getattr(torch, dtype).itemsize,
+        state_bytes=state_bytes,
     )
 
 

@@ -1,4 +1,5 @@
-"""The checkpoint that the benches use when no model is given: Qwen3-MoE with random weights, made here and kept.
+"""The checkpoint that the benches use when no model is given: Qwen3-MoE with random weights, made here and kept; or
+Qwen3-Next, which has linear attention in three of four layers.
 
 Speed does not depend on what the weights say, so nothing needs to be downloaded, and every machine measures the same
 shape.
@@ -59,12 +60,31 @@ class BenchShape:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class HybridShape(BenchShape):
+    """Every fourth layer has full attention, the others linear attention; a shared expert beside the routed ones."""
+
+    shared_width: int = 512
+    linear_key_heads: int = 8
+    linear_value_heads: int = 16
+    linear_head_dim: int = 128
+
+    @property
+    def name(self) -> str:
+        linear = f"{self.linear_key_heads}x{self.linear_value_heads}x{self.linear_head_dim}"
+        return super().name.replace("qwen3-moe", "qwen3-next") + f"-w{self.shared_width}-l{linear}"
+
+
+HYBRID = "hybrid"
+"""In the place of MODEL: the hybrid shape."""
 SHAPE_OPTIONS = ("hidden", "layers", "experts", "top_k", "expert_width", "vocab")
 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
     """`--hidden` and the like, for the checkpoint that is made when MODEL is not given."""
-    group = parser.add_argument_group("shape of the checkpoint made when MODEL is not given")
+    group = parser.add_argument_group(
+        "shape of the checkpoint made when MODEL is not given, or is hybrid: linear attention in three layers of four"
+    )
     for name in SHAPE_OPTIONS:
         group.add_argument(
             "--" + name.replace("_", "-"),
@@ -79,14 +99,15 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
 def resolve_model(args: argparse.Namespace) -> str:
     """MODEL, or the path of the bench checkpoint. Raises ValueError when both are described."""
     given = [name for name in SHAPE_OPTIONS if hasattr(args, name)] + (["workdir"] if args.workdir else [])
-    if args.model:
+    if args.model and args.model != HYBRID:
         if given:
             raise ValueError(
                 f"--{given[0].replace('_', '-')} describes the checkpoint that is made when MODEL is not given;"
                 f" leave out the option or {args.model!r}"
             )
         return str(args.model)
-    shape = BenchShape(**{name: getattr(args, name) for name in SHAPE_OPTIONS if hasattr(args, name)})
+    kind = HybridShape if args.model == HYBRID else BenchShape
+    shape = kind(**{name: getattr(args, name) for name in SHAPE_OPTIONS if hasattr(args, name)})
     return str(make_checkpoint(shape, Path(args.workdir) if args.workdir else user_cache()))
 
 
@@ -133,9 +154,19 @@ def is_intact(path: Path, shape: BenchShape) -> bool:
 
 def _write(shape: BenchShape, path: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = Qwen3MoeConfig(
+    linear: dict[str, int] = {}
+    if isinstance(shape, HybridShape):
+        linear = {
+            "shared_expert_intermediate_size": shape.shared_width,
+            "linear_num_key_heads": shape.linear_key_heads,
+            "linear_num_value_heads": shape.linear_value_heads,
+            "linear_key_head_dim": shape.linear_head_dim,
+            "linear_value_head_dim": shape.linear_head_dim,
+        }
+    config = AutoConfig.for_model(
+        "qwen3_next" if linear else "qwen3_moe",
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_experts=shape.experts,
@@ -145,11 +176,12 @@ def _write(shape: BenchShape, path: Path) -> None:
         vocab_size=shape.vocab,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,  # type: ignore[call-arg]
+        head_dim=shape.head_dim,
         max_position_embeddings=shape.positions,
         norm_topk_prob=True,
         tie_word_embeddings=False,
         eos_token_id=shape.vocab - 1,
+        **linear,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(shape.seed)

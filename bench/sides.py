@@ -90,7 +90,8 @@ class MoeyardSide:
         return answer if touched is None else {**answer, "experts_touched": touched.mean}
 
     def memory(self) -> dict[str, int]:
-        return {"baseline_bytes": self._baseline, "peak_bytes": _memory_peak(self._cuda)}
+        states = self._engine.info["state_bytes"]
+        return {"baseline_bytes": self._baseline, "peak_bytes": memory_peak(self._cuda), "state_bytes": states}
 
 
 class _Touched:
@@ -205,7 +206,7 @@ class TransformersSide:
         return time.perf_counter() - start, tokens
 
     def memory(self) -> dict[str, int]:
-        return {"baseline_bytes": self._baseline, "peak_bytes": _memory_peak(self._cuda)}
+        return {"baseline_bytes": self._baseline, "peak_bytes": memory_peak(self._cuda)}
 
 
 def _memory_before(model: str, cuda: bool) -> int:
@@ -220,7 +221,8 @@ def _memory_before(model: str, cuda: bool) -> int:
     return torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
 
 
-def _memory_peak(cuda: bool) -> int:
+def memory_peak(cuda: bool) -> int:
+    """Most bytes that this process held, or torch of the GPU."""
     import torch
 
     if cuda:

@@ -1,4 +1,4 @@
-"""`moeyard bench throughput`: tokens per second, alone or in turns with transformers, beside what the machine could do.
+"""`moeyard bench throughput`: tokens per second, alone or in turns with another engine, beside what is possible here.
 
 Each engine loads the checkpoint once in its own process and keeps it; measured turns alternate, one engine working
 while the other waits in a read, so that a change in the machine's speed meets both. Both get the same prompts,
@@ -19,10 +19,12 @@ from .engines import (
     add_engine_options,
     measure_peaks,
     prepare,
+    start_llama,
     start_moeyard,
     start_transformers,
 )
-from .results import Result, figures_of, print_tables
+from .gguf_file import check_installed
+from .results import LLAMA, Result, figures_of, print_tables
 from .sides import Workload
 from .turns import Side, equal_leading_share, make_prompts, take_turn
 
@@ -31,7 +33,11 @@ WARM_UP_TOKENS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--against", choices=("transformers",), help="measure this engine too, in turns with ours")
+    parser.add_argument(
+        "--against",
+        choices=("transformers", LLAMA),
+        help="measure this engine too, in turns with ours; llama.cpp needs the extra `llama`",
+    )
     parser.add_argument("--requests", type=int, default=16, help="concurrent requests of a batch (default: 16)")
     parser.add_argument("--input-len", type=int, default=64, help="tokens of a prompt (default: 64)")
     parser.add_argument("--output-len", type=int, default=128, help="new tokens of a request (default: 128)")
@@ -60,7 +66,7 @@ def workloads_of(args: argparse.Namespace) -> list[Workload]:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     if args.output_len < 2:
         raise ValueError("--output-len is 1; it must be at least 2, for its rate counts output tokens")
-    apply = [name for name in WORKLOADS if name != "continuous" or args.against]
+    apply = [name for name in WORKLOADS if name != "continuous" or args.against == "transformers"]
     if args.requests == 1:
         apply.remove("single")  # the batch is that
     chosen = args.workloads.split(",") if args.workloads is not None else apply
@@ -88,7 +94,8 @@ def alternate(
     sides = [ours]
     if opponent is not None:
         result.implementation = opponent.implementation(workload)
-        opponent.side.call("use", what="choosing experts", timeout=60, implementation=result.implementation)
+        if result.implementation:
+            opponent.side.call("use", what="choosing experts", timeout=60, implementation=result.implementation)
         sides.append(opponent.side)
     short = replace(workload, output_len=min(workload.output_len, WARM_UP_TOKENS))
     for turn in range(-1, args.repeats):
@@ -116,34 +123,43 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     workloads = workloads_of(args)
+    if args.against == LLAMA:
+        check_installed()
     setup = prepare(args, workloads)
+    if setup.cost.state_bytes and any(w.name == "continuous" for w in workloads):
+        if args.workloads is not None:
+            raise ValueError("--workloads: transformers' generate_batch refuses models with linear attention")
+        workloads = [w for w in workloads if w.name != "continuous"]
     rates = measure_peaks(setup, args)
     opponent = None
     with ExitStack() as stack:
         ours = start_moeyard(stack, setup)
-        if args.against:
+        if args.against == LLAMA:
+            opponent = start_llama(stack, setup, workloads)
+        elif args.against:
             opponent = start_transformers(stack, setup, args, workloads)
         turns = len(workloads) * (args.repeats + 1) * (2 if opponent else 1)
         with tqdm(total=turns, unit="turn", disable=None) as bar:
             results = [alternate(ours, opponent, w, setup, args, bar) for w in workloads]
         memory = {"moeyard": ours.call("memory", what="peak memory", timeout=60)}
         if opponent is not None:
-            memory["transformers"] = opponent.side.call("memory", what="peak memory", timeout=60)
+            memory[opponent.side.name] = opponent.side.call("memory", what="peak memory", timeout=60)
     after = measure_peaks(setup, args)  # the rates are the best of the start and the end
     rates = {name: max(rate, after[name]) for name, rate in rates.items()}
     peaks = roofline.Peaks(
         flops_per_s=rates["float32" if args.dtype == "float32" else "bfloat16"], bytes_per_s=rates["read"]
     )
-    figures = figures_of(results, setup, peaks, memory["moeyard"])
+    theirs = opponent.side.name if opponent is not None else ""
+    figures = figures_of(results, setup, peaks, memory["moeyard"], theirs)
     figures |= {"matrix_bf16_gflops": rates["bfloat16"] / 1e9, "matrix_f32_gflops": rates["float32"] / 1e9}
     figures |= {"read_gb_per_s": rates["read"] / 1e9}
     print_tables(results, figures, setup, opponent)
     samples = {
-        "seconds": {r.workload.name: {"moeyard": r.ours, "transformers": r.theirs} for r in results},
+        "seconds": {r.workload.name: {"moeyard": r.ours, theirs or "transformers": r.theirs} for r in results},
         "equal_leading_share": {r.workload.name: r.equal for r in results},
         "workloads": {r.workload.name: asdict(r.workload) for r in results},
         "memory": memory,
-        "environment": {"moeyard": setup.overlay, "transformers": opponent.environment if opponent else ""},
+        "environment": {"moeyard": setup.overlay, theirs or "transformers": opponent.environment if opponent else ""},
         "experts_probes": opponent.probes if opponent else {},
         "model": setup.model,
     }

@@ -32,7 +32,10 @@ _ITEM_BYTES = {
     **dict.fromkeys(("I64", "U64", "F64"), 8),
 }
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_TYPES |= {"I64": torch.int64}  # tables, such as which experts a token id has; quantised weights are of other types
+_TYPES |= {"I64": torch.int64}  # tables, such as which experts a token id has
+QUANTISED_TYPES = {"U8": torch.uint8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn}
+"""Of parts of quantised weights."""
+_TYPES |= QUANTISED_TYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class Entry:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None for what is no floating-point type."""
+        """None for a type that nothing is made of."""
         return _TYPES.get(self.dtype)
 
     def row(self, index: int) -> Entry:
@@ -94,7 +97,7 @@ class Checkpoint:
                 if entry.dtype not in _TYPES:
                     raise ValueError(
                         f"checkpoint: tensor {entry.name} in {file.name} has type {entry.dtype}; expected one of"
-                        f" {', '.join(sorted(_TYPES))} (quantised checkpoints are not supported yet)"
+                        f" {', '.join(sorted(_TYPES))}"
                     )
                 self.entries[entry.name] = entry
         for name, file in expected.items():

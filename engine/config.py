@@ -35,6 +35,8 @@ RESIDENCY = ("auto", "predicted", "default", "decayed", "lfru", "lfu", "lru")
 """Policies (`scheduler.residency`). The first is the second where a predictor of next use is there, else the third; the
 third is by decayed frequency, too."""
 
+EXPERT_DTYPES = ("auto", "fp8", "int8", "int4", "plain")
+
 MISSES = ("auto", "copy", "cpu")
 
 BATCHING = ("auto", "affinity", "order")
@@ -87,6 +89,12 @@ class EngineConfig:
         "auto",
         "type of weights and activations; auto takes the checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    expert_dtype: str = option(
+        "auto",
+        "type in which experts are kept, moved and read from memory: auto as the checkpoint has them, quantised or not;"
+        " fp8, int8 and int4 are made of plain ones as they are loaded; plain dequantises them. Quantised ones on CPUs",
+        choices=EXPERT_DTYPES,
     )
     device: str = option("auto", "auto takes CUDA when there is a GPU", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(None, "CPU threads (default: the cores this process may use)")

@@ -30,7 +30,7 @@ from ..scheduler.offload_cost import DiskCost, RoutingSummary
 if TYPE_CHECKING:
     import torch
 
-    from .weights import ExpertReader
+    from .expert_reader import ExpertReader
 
 MAX_AGE = timedelta(days=30)
 
@@ -87,22 +87,20 @@ def key_of(reader: ExpertReader, device: torch.device, threads: int) -> dict[str
     from ..kernels.environment import usable_cores
 
     spec = reader.spec
-    hidden, width = reader.shape("down_proj")
-    if spec.is_transposed:
-        hidden, width = width, hidden
+    hidden, width = reader.matrix("down_proj")
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),
         "threads": threads,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(reader.dtype("down_proj")).removeprefix("torch."),
+        "dtype": str(reader.activation_dtype).removeprefix("torch."),
         "hidden": hidden,
         "width": width,
         "experts": spec.num_experts,
         "top_k": spec.top_k,
         "gate": spec.has_gate,
         "bias": spec.has_bias,
-    }
+    } | ({"format": reader.format.name} if reader.format else {})
 
 
 @functools.cache

@@ -31,10 +31,11 @@ from ..kernels.warm_up import warm_up
 from ..scheduler.batching import Scheduler, Step
 from ..scheduler.blocks import BlockPool
 from ..scheduler.requests import Request
+from ..scheduler.states import StateSlots
 from .attention import PagedAttention
 from .balance import warm_up as planner_warm_up
 from .config import EngineConfig, format_size
-from .cpu_linear import use_small_row_kernels
+from .cpu_linear import use_panels, use_small_row_kernels
 from .decode_batching import ExpertAware, decode_figures, picker_for
 from .device_experts import compile_experts
 from .expert_files import ExpertUnreadable
@@ -42,6 +43,7 @@ from .grammar import GrammarCompiler
 from .group import RankGroup, RankLost
 from .host_compute import CpuExpertsFailed
 from .kv_cache import KVCache, Span, StepBatch, make_batch
+from .linear_layers import LinearLayers
 from .loader import Blueprint, draw, load
 from .memory import check_weights_fit, free_memory, give_back, kv_blocks
 from .messages import Spans, Stats, Submit, TokenDelta
@@ -59,6 +61,7 @@ from .progress import Progress
 from .recorder import RoutingRecorder
 from .resolve import resolve_model
 from .sampling import Sampled, SequenceSampler, sample
+from .states import StatePool
 from .step_reads import ReadFailed, wait_s
 from .store import READ_TIMEOUT_S, ExpertLate
 
@@ -103,15 +106,18 @@ class Engine:
         self._model = blueprint.model
         self._parallel: Parallel | None = None
         self._offload: Offload | None = None
+        self._linear: LinearLayers | None = None
         self._counts_LE: torch.Tensor | None = None
         # The CPU computes experts beside a GPU that has a part of them only.
-        _compile(config, seat, self.device.type == "cpu" or config.expert_memory is not None)
+        quantised = any(blueprint.weights.reader(spec).format is not None for spec in blueprint.spec.experts)
+        _compile(config, seat, self.device.type == "cpu" or config.expert_memory is not None, quantised)
         baseline = psutil.Process().memory_info().rss
         self._experts = self._load(blueprint, seat)
         if self.device.type == "cpu":
             use_small_row_kernels(self._model)
             with torch.inference_mode():
                 calibrate(self._experts.layers, progress=config.progress and (seat is None or seat.local_rank == 0))
+            use_panels(self._model, self._experts.layers)
             give_back()  # what loading and measuring took for a moment
         else:
             with torch.inference_mode():
@@ -126,16 +132,25 @@ class Engine:
         free = free_memory(self.device) / (sharing if self.device.type == "cpu" else 1) - activations
         if self._offload is not None:
             free -= self._offload.plan.size.reading  # taken while serving
-        num_blocks = kv_blocks(config, self.device, blueprint.footprint.kv_per_token, self.max_model_len, free)
-        self._use_cache(num_blocks, blueprint.dtype)
-        self._free = free - self._cache.nbytes
+        num_blocks = kv_blocks(config, self.device, blueprint.footprint, self.max_model_len, free)
+        self._use_cache(num_blocks, blueprint.dtype, config.max_num_seqs)
+        state_bytes = self._linear.pool.nbytes if self._linear else 0
+        self._free = free - self._cache.nbytes - state_bytes
         if self._parallel is not None:
             self._parallel.share_memory(self._free)
         self._sharing = sharing
-        self._pool = BlockPool(num_blocks, config.block_size, config.prefix_cache)
+        if self._linear is not None and config.prefix_cache:
+            logger.info(
+                "common prefixes are computed for each request: the states of %s are kept for running requests only",
+                self.spec.architecture,
+            )
+        self._pool = BlockPool(num_blocks, config.block_size, config.prefix_cache and self._linear is None)
         top_k = max((layer.top_k for layer in self.spec.experts), default=0)
         self._picker = picker_for(config, self._offload, top_k, seat.group.size if seat else 1)
-        self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_batched_tokens, self._picker)
+        self._states = StateSlots(config.max_num_seqs) if self._linear is not None else None
+        self._scheduler = Scheduler(
+            self._pool, config.max_num_seqs, config.max_batched_tokens, self._picker, self._states
+        )
         self._eos_ids = _eos_ids(path, blueprint.model.config)
         self._grammars: GrammarCompiler | None = None
         self._path = path
@@ -152,6 +167,8 @@ class Engine:
             "expert_bytes": blueprint.footprint.experts,
             "kv_bytes": self._cache.nbytes,
             "kv_tokens": self.kv_tokens,
+            "state_bytes": state_bytes,
+            "state_bytes_per_request": self.spec.state_bytes,
             "max_model_len": self.max_model_len,
             "moe_layers": [layer.module for layer in self.spec.experts],
             "experts": [layer.num_experts for layer in self.spec.experts],
@@ -176,6 +193,14 @@ class Engine:
             format_size(self._cache.nbytes),
             self.kv_tokens,
         )
+        if self._linear is not None:
+            logger.info(
+                "%d layers keep a state: %s for %d requests, %s each",
+                len({state.key.layer for state in self.spec.states}),
+                format_size(state_bytes),
+                config.max_num_seqs,
+                format_size(self.spec.state_bytes),
+            )
 
     @property
     def kv_tokens(self) -> int:
@@ -312,6 +337,10 @@ class Engine:
             logits_BV = self._run(step)
             if self._parallel is not None:
                 self._parallel.settle_reads()
+        except RankLost:
+            if self._states is not None:  # some layers have gone on and others not
+                self._scheduler.restart(step.tokens)
+            raise
         except (ExpertUnreadable, ExpertLate, CpuExpertsFailed, ReadFailed) as error:
             logger.error("%s; %d requests of this step end with it", error, len(step.tokens))
             return [self._fail(request_id, str(error)) for request_id in step.tokens]
@@ -354,6 +383,8 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             kv_blocks_used=self._pool.used,
             kv_blocks_total=self._cache.num_blocks,
+            state_slots_used=self._states.used if self._states else 0,
+            state_slots_total=self._states.num_slots if self._states else 0,
             prefix_queried_tokens=self._pool.queried_tokens,
             prefix_hit_tokens=self._pool.hit_tokens,
             preemptions=self._scheduler.preemptions,
@@ -417,8 +448,8 @@ class Engine:
             self._parallel.join(group, START_TIMEOUT_S)
             self._parallel.measure()
 
-    def _use_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
-        """Makes a KV cache and plugs the attention over it into the model."""
+    def _use_cache(self, num_blocks: int, dtype: torch.dtype, sequences: int) -> None:
+        """Makes a KV cache and room for the states of so many sequences; plugs what works on them into the model."""
         self._cache = KVCache(self.spec.attention, num_blocks, self.config.block_size, dtype, self.device)
         self._attention = PagedAttention(self.spec.attention, self._cache)
         attention: Any = self._attention
@@ -428,6 +459,11 @@ class Engine:
         if self._parallel is None and self.progress.recording:
             experts = _timed("experts", experts, self.progress)
         plug(self._model, self._name, attention, experts)
+        if self.spec.states:
+            pool = StatePool(self.spec.states, sequences, self.device)
+            if self._linear is None:
+                self._linear = LinearLayers(self._model, self.spec.states, pool)
+            self._linear.pool = pool
 
     def _warm_up(self, dtype: torch.dtype) -> int:
         """Runs a prefill and a decode step over a cache of their own, so that nothing is compiled while serving.
@@ -439,20 +475,26 @@ class Engine:
         config = self.config
         count = min(config.max_batched_tokens, self.max_model_len) if on_gpu else min(32, self.max_model_len)
         blocks = -(-(count + 1) // config.block_size)
-        self._use_cache(blocks, dtype)
+        self._use_cache(blocks, dtype, 1)
         before = 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-        for tokens, start in ((count - 1, 0), (1, count - 1)):
-            if tokens:
-                span = Span(tokens=[0] * tokens, start=start, blocks=range(blocks), samples=True)
+        steps = [(count - 1, 0), (1, count - 1)]
+        if self._linear is not None:
+            self._linear.watch()
+            steps.insert(1, (2, count - 3))  # a later chunk of a prompt
+        for tokens, start in steps:
+            if tokens > 0 and start >= 0:
+                span = Span(tokens=[0] * tokens, start=start, blocks=range(blocks), samples=True, state_slot=0)
                 batch = make_batch([span], config.block_size, self.device)
                 rows = min(config.max_num_seqs, tokens)
                 batch = dataclasses.replace(batch, sample_rows=torch.arange(rows, device=self.device))
                 params = SamplingParams(temperature=1.0, max_tokens=1)
                 sampler = SequenceSampler(params, [0], self.vocab_size, frozenset(), 0)
                 sample(self._run_batch(batch), [sampler] * rows)
+        if self._linear is not None:
+            self._linear.settle()
         for layer in self._experts.layers:
             layer.counts_E.zero_()
             if layer.overlap is not None:
@@ -484,16 +526,22 @@ class Engine:
             Span(
                 tokens=row.token_ids,
                 start=row.start,
-                blocks=self._scheduler.get(row.request_id).block_table,
+                blocks=request.block_table,
                 samples=row.request_id in samples,
+                state_slot=request.state_slot,
             )
             for row in rows
+            for request in (self._scheduler.get(row.request_id),)
         ]
         return self._run_batch(make_batch(spans, self._cache.block_size, self.device), rows)
 
     @torch.inference_mode()
     def _run_batch(self, batch: StepBatch, rows: Sequence[Rows] = ()) -> torch.Tensor:
         self._attention.batch = batch
+        cache: dict[str, Any] = {}
+        if self._linear is not None:
+            self._linear.begin(batch)
+            cache = {"past_key_values": self._linear.cache}
         if self._offload is not None:
             self._offload.begin_step(rows)
         out = self._model(
@@ -502,6 +550,7 @@ class Engine:
             attention_mask=None,
             use_cache=False,
             logits_to_keep=batch.sample_rows,
+            **cache,
         )
         if self._offload is not None:
             self._offload.forecast.end_step()
@@ -575,7 +624,7 @@ def _timed(phase: str, function: Any, progress: Progress) -> Any:
     return timed
 
 
-def _compile(config: EngineConfig, seat: Seat | None, on_cpu: bool) -> None:
+def _compile(config: EngineConfig, seat: Seat | None, on_cpu: bool, quantised: bool) -> None:
     """Compiles what is compiled at all, or loads it from the cache of an earlier start, before any request can wait
     for it. One process of a user at a time: the others find in the cache what the first has compiled.
     """
@@ -584,7 +633,7 @@ def _compile(config: EngineConfig, seat: Seat | None, on_cpu: bool) -> None:
         logger.info("loading compiled code; the first start on a machine compiles it, which takes up to a minute")
     with _in_turn("compile", COMPILE_WAIT_S):
         if on_cpu:
-            warm_up()
+            warm_up(quantised=quantised)
         if planner is not None:
             planner_warm_up(planner)
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .checkpoint import Entry, stamp_of
-from .weights import ExpertReader
+from .expert_reader import ExpertReader
 
 BLOCK = 4096
 """Offsets, lengths and addresses of reads are multiples of this: what `O_DIRECT` asks for on today's disks, and a
@@ -266,18 +266,15 @@ class ExpertFiles:
         """What `ExpertReader.read` gives, from a buffer that the expert was read into: views of it where the
         checkpoint's layout allows, else new memory.
         """
-        reader = self._readers[layer]
-        return {name: reader.assemble(name, s) for name, s in self._stored(layer, expert, buffer).items()}
+        return self._readers[layer].tensors(self._stored(layer, expert, buffer))
 
     def copy(self, layer: int, expert: int, buffer: AlignedBuffer, into: Mapping[str, torch.Tensor]) -> None:
         """Writes the parameters of an expert that is in `buffer` into CPU tensors of `ExpertReader.shape`, of any
         strides and float type, on this thread alone and without a copy in between where no more is asked for than
         putting tensors side by side.
         """
-        reader = self._readers[layer]
-        for name, stored in self._stored(layer, expert, buffer).items():
-            for room, part in reader.places(name, stored, into[name]):
-                _copy(room, part)
+        for room, part in self._readers[layer].copies(self._stored(layer, expert, buffer), into):
+            _copy(room, part)
 
     @property
     def in_place(self) -> bool:

@@ -5,6 +5,7 @@ S: slots, I: expert width (2I for gate and up together), D: hidden size.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..kernels.quantised import Format, QuantisedMatrix, QuantisedStack
 from ..scheduler.table import EMPTY
 from .expert_files import AlignedBuffer
-from .weights import ExpertReader
+from .expert_reader import ExpertReader
 
 if TYPE_CHECKING:
     from ..kernels.listed_experts import ListedExpert
@@ -27,12 +29,16 @@ DOWN_NAME = "down_proj"
 _ALIGNMENT = 64  # of each tensor in a pool's memory
 
 
+Matrix = torch.Tensor | QuantisedMatrix
+"""[outputs, inputs]"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertWeights:
     """Weights of one expert, wherever they are. `up_PND` are blocks of rows: all of them, or gate and up."""
 
-    up_PND: tuple[torch.Tensor, ...]
-    down_DI: torch.Tensor
+    up_PND: tuple[Matrix, ...]
+    down_DI: Matrix
     up_bias_N: torch.Tensor | None = None
     down_bias_D: torch.Tensor | None = None
 
@@ -41,7 +47,9 @@ class ExpertWeights:
         """For the kernels that take them by address. ValueError where they are not on the CPU."""
         from ..kernels.listed_experts import listed_expert
 
-        return listed_expert(self.up_PND, self.down_DI)
+        up_PND = [block for block in self.up_PND if isinstance(block, torch.Tensor)]
+        assert isinstance(self.down_DI, torch.Tensor) and len(up_PND) == len(self.up_PND), "quantised"
+        return listed_expert(up_PND, self.down_DI)
 
 
 class ExpertPool:
@@ -51,6 +59,10 @@ class ExpertPool:
     without; `down_SDI` is `[S, D, I]`; biases or None. Whatever the checkpoint's layout, there is one copy of the
     weights. With `shared` the slots are those of another layer's pool, whose experts have the same shapes. With
     `memory` they are parts of that.
+
+    Quantised matrices are several tensors: up_SND and down_SDI are the bytes of their values, others have the scales
+    and zero points, and `up` and `down` put them together. All that moves or stores experts takes the tensors as they
+    are.
     """
 
     def __init__(
@@ -67,6 +79,7 @@ class ExpertPool:
         self.num_slots = num_slots
         self._names = {self._up_name: "up_SND", DOWN_NAME: "down_SDI"}
         biases = {f"{self._up_name}_bias": "up_bias_SN", f"{DOWN_NAME}_bias": "down_bias_SD"}
+        of_quantised = {p: self._attribute(p) for p in reader.parameters if p not in spec.parameters}
         known = {*self._names, *(biases if spec.has_bias else ())}
         if set(spec.parameters) != known:
             raise ValueError(
@@ -86,6 +99,65 @@ class ExpertPool:
             self._names |= biases
             self.up_bias_SN = self._empty(f"{self._up_name}_bias")
             self.down_bias_SD = self._empty(f"{DOWN_NAME}_bias")
+        self.up_scales_S: torch.Tensor | None = None
+        self.down_scales_S: torch.Tensor | None = None
+        self.up_zeros_S: torch.Tensor | None = None
+        self.down_zeros_S: torch.Tensor | None = None
+        self._names |= of_quantised
+        for parameter, name in of_quantised.items():
+            setattr(self, name, self._empty(parameter))
+
+    @property
+    def format(self) -> Format | None:
+        """Of the matrices; None for plain ones."""
+        return self.reader.format
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return self.reader.activation_dtype
+
+    @property
+    def hidden(self) -> int:
+        return self.down_SDI.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Of an expert's intermediate vector."""
+        return self.reader.matrix(DOWN_NAME)[1]
+
+    @property
+    def up(self) -> torch.Tensor | QuantisedStack:
+        """The first products' weights by slot, [outputs, inputs] each."""
+        if self.format is None:
+            return self.up_SND
+        assert self.up_scales_S is not None
+        return QuantisedStack(
+            format=self.format,
+            k=self.hidden,
+            values_S=self.up_SND,
+            scales_S=self.up_scales_S,
+            zeros_S=self.up_zeros_S,
+        )
+
+    @property
+    def down(self) -> torch.Tensor | QuantisedStack:
+        """The second products' weights by slot."""
+        if self.format is None:
+            return self.down_SDI
+        assert self.down_scales_S is not None
+        return QuantisedStack(
+            format=self.format,
+            k=self.width,
+            values_S=self.down_SDI,
+            scales_S=self.down_scales_S,
+            zeros_S=self.down_zeros_S,
+        )
+
+    def _attribute(self, parameter: str) -> str:
+        """Where the scales or zero points of a matrix are kept."""
+        matrix, _, part = parameter.rpartition("_")
+        return f"{'up' if matrix == self._up_name else 'down'}_{part}_S"
 
     @property
     def _up_name(self) -> str:
@@ -93,7 +165,7 @@ class ExpertPool:
 
     def _empty(self, parameter: str) -> torch.Tensor:
         shape = self.reader.shape(parameter)
-        if len(shape) == 2 and self.spec.is_transposed:
+        if len(shape) == 2 and self.reader.transposed:
             shape = (shape[1], shape[0])
         dtype = self.reader.dtype(parameter)
         if self._shared is not None:
@@ -121,10 +193,12 @@ class ExpertPool:
     def views(self, slot: int) -> dict[str, torch.Tensor]:
         """A slot's tensors by parameter, in the layout of `ExpertReader.read`."""
         views = {parameter: getattr(self, name)[slot] for parameter, name in self._names.items()}
-        return {p: t.t() if t.dim() == 2 and self.spec.is_transposed else t for p, t in views.items()}
+        return {p: t.t() if t.dim() == 2 and self.reader.transposed else t for p, t in views.items()}
 
     def weights(self, slot: int) -> ExpertWeights:
         """A slot's tensors."""
+        if self.format is not None:
+            return self.weights_in(self.tensors(slot))
         return self.named({parameter: (getattr(self, name)[slot],) for parameter, name in self._names.items()})
 
     def named(self, blocks: Mapping[str, tuple[torch.Tensor, ...]]) -> ExpertWeights:
@@ -135,6 +209,27 @@ class ExpertPool:
             down_DI=blocks[DOWN_NAME][0],
             up_bias_N=up_bias[0] if up_bias else None,
             down_bias_D=down_bias[0] if down_bias else None,
+        )
+
+    def tensors(self, slot: int) -> list[torch.Tensor]:
+        """All of a slot, always in the same order."""
+        return [tensor[slot] for tensor in self._tensors()]
+
+    def weights_in(self, tensors: Sequence[torch.Tensor]) -> ExpertWeights:
+        """What quantised tensors are together, in the order of `tensors`, wherever they are."""
+        assert self.format is not None
+        have = dict(zip(dict.fromkeys(self._names.values()), tensors, strict=True))
+
+        def matrix(name: str, values: str, k: int) -> QuantisedMatrix:
+            assert self.format is not None
+            scales, zeros = have[f"{name}_scales_S"], have.get(f"{name}_zeros_S")
+            return QuantisedMatrix(format=self.format, k=k, values=have[values], scales=scales, zeros=zeros)
+
+        return ExpertWeights(
+            up_PND=(matrix("up", "up_SND", self.hidden),),
+            down_DI=matrix("down", "down_SDI", self.width),
+            up_bias_N=have.get("up_bias_SN"),
+            down_bias_D=have.get("down_bias_SD"),
         )
 
     def zero(self) -> None:
@@ -174,13 +269,21 @@ class ExpertPool:
         self.contents += [EMPTY] * (num_slots - self.num_slots)
         self.num_slots = num_slots
 
+    def part(self, first: int, count: int) -> ExpertPool:
+        """These slots alone, of the same memory."""
+        part = copy.copy(self)
+        for name in dict.fromkeys(self._names.values()):
+            setattr(part, name, getattr(self, name)[first : first + count])
+        part.contents, part.num_slots = self.contents[first : first + count], count
+        return part
+
     def _tensors(self) -> list[torch.Tensor]:
         return [getattr(self, name) for name in dict.fromkeys(self._names.values())]
 
 
 def pool_in(memory: AlignedBuffer, reader: ExpertReader) -> ExpertPool:
     """A pool of as many slots as are in `memory`."""
-    slots = (memory.nbytes - _ALIGNMENT * len(reader.spec.parameters)) // reader.nbytes
+    slots = (memory.nbytes - _ALIGNMENT * len(reader.parameters)) // reader.nbytes
     return ExpertPool(reader, slots, torch.device("cpu"), memory=memory)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..kernels.expert_loop import expert_loop
+from ..kernels.expert_loop import expert_loop, plain
 from .dispatch import LocalDispatcher
-from .experts import ExpertPool
+from .experts import ExpertPool, Matrix
 
 MOST_PARTS = 8
 """Into how many column parts a plan may cut an expert."""
@@ -26,8 +26,8 @@ ALIGNMENT = 64
 class Guest:
     """Weights of one expert or of a column part of it: views of the bytes that came."""
 
-    up_ND: torch.Tensor
-    down_DI: torch.Tensor
+    up_ND: Matrix
+    down_DI: Matrix
     up_bias_N: torch.Tensor | None
     down_bias_D: torch.Tensor | None
 
@@ -41,12 +41,13 @@ class Cutter:
 
     def __init__(self, pool: ExpertPool, gate: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._pool = pool
-        self.width = pool.down_SDI.shape[2]
-        self.layout = _layout(gate, pool.up_SND.shape[1], self.width)
+        self.width = pool.down_SDI.shape[2] if pool.format is None else pool.width
+        # Scales are of many columns: a part of quantised weights would not have the values of the whole.
+        self.layout = _layout(gate, pool.up_SND.shape[1], self.width) if pool.format is None else ""
 
     @property
     def most_parts(self) -> int:
-        """Into how many parts an expert may be cut; 1 where its activation does not allow any."""
+        """Into how many parts an expert may be cut; 1 where its activation or its format does not allow any."""
         return min(MOST_PARTS, self.width) if self.layout else 1
 
     def nbytes(self, part: int = 0, parts: int = 1) -> int:
@@ -56,6 +57,12 @@ class Cutter:
     def pack(self, slot: int, part: int = 0, parts: int = 1) -> torch.Tensor:
         """A copy of a slot's weights, or a part of them, as bytes."""
         pool = self._pool
+        if pool.format is not None:
+            assert parts == 1
+            packed = torch.empty(self.nbytes(), dtype=torch.uint8, device=pool.up_SND.device)
+            for place, tensor in zip(self._views(packed), pool.tensors(slot), strict=True):
+                place.copy_(tensor)
+            return packed
         whole = Guest(
             up_ND=pool.up_SND[slot],
             down_DI=pool.down_SDI[slot],
@@ -69,9 +76,11 @@ class Cutter:
         return self._pack(self.unpack(packed), part, parts)
 
     def _pack(self, whole: Guest, part: int, parts: int) -> torch.Tensor:
+        assert isinstance(whole.up_ND, torch.Tensor) and isinstance(whole.down_DI, torch.Tensor)
         packed = torch.empty(self.nbytes(part, parts), dtype=torch.uint8, device=whole.up_ND.device)
         place = self.unpack(packed, part, parts)
         low, high = self._columns(part, parts)
+        assert isinstance(place.up_ND, torch.Tensor) and isinstance(place.down_DI, torch.Tensor)
         place.up_ND.copy_(self._rows(whole.up_ND, low, high))
         place.down_DI.copy_(whole.down_DI[:, low:high])
         if place.up_bias_N is not None and whole.up_bias_N is not None:
@@ -82,13 +91,25 @@ class Cutter:
 
     def unpack(self, packed: torch.Tensor, part: int = 0, parts: int = 1) -> Guest:
         """Views of what `pack` gave."""
+        views = self._views(packed, part, parts)
+        if self._pool.format is not None:
+            weights = self._pool.weights_in(views)
+            return Guest(
+                up_ND=weights.up_PND[0],
+                down_DI=weights.down_DI,
+                up_bias_N=weights.up_bias_N,
+                down_bias_D=weights.down_bias_D,
+            )
+        up_bias, down_bias = (views[2], views[3]) if len(views) == 4 else (None, None)
+        return Guest(up_ND=views[0], down_DI=views[1], up_bias_N=up_bias, down_bias_D=down_bias)
+
+    def _views(self, packed: torch.Tensor, part: int = 0, parts: int = 1) -> list[torch.Tensor]:
         views, start = [], 0
         for shape, dtype in self._shapes(part, parts):
             size = shape.numel() * dtype.itemsize
             views.append(packed[start : start + size].view(dtype).view(shape))
             start += _aligned(size)
-        up_bias, down_bias = (views[2], views[3]) if len(views) == 4 else (None, None)
-        return Guest(up_ND=views[0], down_DI=views[1], up_bias_N=up_bias, down_bias_D=down_bias)
+        return views
 
     def _columns(self, part: int, parts: int) -> tuple[int, int]:
         return self.width * part // parts, self.width * (part + 1) // parts
@@ -103,6 +124,9 @@ class Cutter:
 
     def _shapes(self, part: int, parts: int) -> list[tuple[torch.Size, torch.dtype]]:
         pool = self._pool
+        if pool.format is not None:
+            assert parts == 1
+            return [(tensor.shape, tensor.dtype) for tensor in pool.tensors(0)]
         low, high = self._columns(part, parts)
         hidden = pool.down_SDI.shape[1]
         rows = pool.up_SND.shape[1] // self.width * (high - low)
@@ -131,7 +155,9 @@ class GuestRoom:
         self.expert_bytes = expert = cutter.nbytes()
         self.slots = nbytes // expert
         self.most_used = 0
-        self._stride = expert + MOST_PARTS * (cutter.nbytes(0, cutter.width) + 5 * ALIGNMENT)
+        self._stride = expert
+        if cutter.most_parts > 1:
+            self._stride += MOST_PARTS * (cutter.nbytes(0, cutter.width) + 5 * ALIGNMENT)
         self._buffer = torch.empty(self.slots * self._stride, dtype=torch.uint8, device=device)
         self._used = 0
 
@@ -204,8 +230,8 @@ def run_guests_on_all(
     for number, guest in guests.items():
         named_RK = numbers_RK == number
         weights_R = torch.where(named_RK, weights_RK, 0).sum(1, keepdim=True).to(x_RD.dtype)
-        h = gate(F.linear(x_RD, guest.up_ND, guest.up_bias_N))
-        y_RD = F.linear(h, guest.down_DI, guest.down_bias_D)
+        h = gate(F.linear(x_RD, plain(guest.up_ND, x_RD.dtype), guest.up_bias_N))
+        y_RD = F.linear(h, plain(guest.down_DI, x_RD.dtype), guest.down_bias_D)
         # Not multiplied by 0: what another expert's row gives need not be finite.
         sums_RD += torch.where(named_RK.any(1, keepdim=True), weights_R * y_RD, 0)
     return sums_RD

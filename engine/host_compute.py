@@ -103,6 +103,10 @@ class HostCompute:
         rows = Rows(what=what, x_TD=x_TD, token_R=token_R, starts=starts, slots=slots, sent=sent)
         return Job(what, self._thread.submit(self._compute, self._layers[number], rows, few))
 
+    def same_kernels(self, number: int, layer: MoELayer) -> None:
+        """Takes for many rows of MoE layer `number` what `layer`, which runs on this CPU too, takes."""
+        self._layers[number].panel_rows = layer.panel_rows
+
     def close(self, timeout_s: float) -> bool:
         """Ends the thread. False if what it computes did not end in time."""
         if self._last is None:

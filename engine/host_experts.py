@@ -21,8 +21,8 @@ from tqdm import tqdm
 from ..scheduler.table import EMPTY
 from .config import format_size, parse_budget
 from .expert_files import AlignedBuffer, ExpertFiles, Piece
+from .expert_reader import ExpertReader
 from .experts import ExpertPool
-from .weights import ExpertReader
 
 SHARE = 0.8
 """Of the memory that is free, for experts; the rest is for other programs and for what this one takes meanwhile."""

@@ -65,7 +65,8 @@ class StepBatch:
     """One step on the device. The first `singles` rows are sequences with one token each; chunks follow.
 
     `lengths_S` counts the keys of each sequence after this step; `sample_rows` holds the row whose logits are wanted,
-    of each sequence that samples, in the step's order.
+    of each sequence that samples, in the step's order. `state_slots` are where the sequences' states are, in a model
+    whose layers keep such, and `first_rows` those single tokens that are their sequence's first.
     """
 
     input_ids_T: torch.Tensor
@@ -76,6 +77,8 @@ class StepBatch:
     lengths_S: torch.Tensor
     block_table_SB: torch.Tensor
     sample_rows: torch.Tensor
+    state_slots: tuple[int, ...] = ()
+    first_rows: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -84,12 +87,14 @@ class StepBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """New tokens of one sequence in a step: `tokens` from position `start` on, with its block table."""
+    """New tokens of one sequence in a step: `tokens` from position `start` on, with its block table and its slot among
+    the states."""
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     samples: bool
+    state_slot: int = -1
 
 
 def make_batch(spans: Sequence[Span], block_size: int, device: torch.device) -> StepBatch:
@@ -132,4 +137,6 @@ def make_batch(spans: Sequence[Span], block_size: int, device: torch.device) -> 
         lengths_S=lengths.to(device, non_blocking=True),
         block_table_SB=table.to(device, non_blocking=True),
         sample_rows=on_device(sample_rows),
+        state_slots=tuple(span.state_slot for span in spans),
+        first_rows=tuple(i for i, span in enumerate(spans[:singles]) if span.start == 0),
     )

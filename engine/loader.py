@@ -15,12 +15,15 @@ from transformers import PreTrainedModel
 from ..scheduler.table import EMPTY
 from .checkpoint import Checkpoint
 from .config import EngineConfig
+from .dense_weights import load_dense
 from .experts import ExpertPool, load_experts
 from .memory import Footprint, choose_device, footprint
 from .model import ModelSpec, build, choose_dtype, choose_max_model_len, load_config, probe
 from .moe import MoEFunction, MoELayer
 from .offload_plan import OffloadPlan
-from .weights import WeightMap, load_dense
+from .quantised_layouts import take_layout
+from .quantised_reader import check_quantised, reader_for
+from .weights import WeightMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,14 @@ def draw(config: EngineConfig, path: Path, local_rank: int = 0, local_ranks: int
     """
     device = choose_device(config.device, local_rank, local_ranks)
     model_config = load_config(path, trust_remote_code=config.trust_remote_code)
+    layout = take_layout(model_config)
     dtype = choose_dtype(model_config, config.dtype)
     max_model_len = choose_max_model_len(model_config, config.max_model_len)
     model = build(model_config, dtype, trust_remote_code=config.trust_remote_code)
     spec = probe(model)
-    weights = WeightMap(model, Checkpoint(path), spec.experts)
+    readers = reader_for(config.expert_dtype, layout)
+    weights = WeightMap(model, Checkpoint(path), spec.experts, readers, layout)
+    check_quantised(config.expert_dtype, weights, spec, device)
     return Blueprint(
         path=path,
         model=model,

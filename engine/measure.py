@@ -66,6 +66,7 @@ def rank_constants(layer: MoELayer, *, force: bool = False, progress: bool = Fal
     elif (record := constants.load("rank", key)) is not None:
         return record
     log.info("measuring the experts of %s; kept for the next starts", layer.pool.spec.module)
+    layer.panel_rows = layer.measure_panel_rows()
     layer.few_rows = layer.measure_few_rows()
     samples = {"experts": time_experts(layer, progress)}
     host = FREE
@@ -73,19 +74,24 @@ def rank_constants(layer: MoELayer, *, force: bool = False, progress: bool = Fal
         samples |= {"to_device": _time_copies(layer, False), "to_host": _time_copies(layer, True)}
         both = [_link(samples[name]) for name in ("to_device", "to_host")]
         host = LinkCost(max(link.alpha_ns for link in both), max(link.fs_per_byte for link in both))
-    values = RankConstants(_expert_cost(samples["experts"]), layer.few_rows, host)
+    values = RankConstants(_expert_cost(samples["experts"]), layer.few_rows, host, layer.panel_rows)
     return constants.save("rank", key, values, samples)
 
 
 def few_rows_of(layer: MoELayer, progress: bool = False) -> int:
-    """`few_rows` of the constants. Where they are not known and too few experts have a place to measure them, only this
-    is measured, and not kept.
+    """`few_rows` of the constants; `panel_rows` is set to theirs. Where they are not known and too few experts have a
+    place to measure them, only these two are measured, and not kept.
     """
     if layer.offloaded is not None and layer.pool.num_slots < TRIAL_EXPERTS:
         key = constants.key_of(layer.pool.reader, layer.pool.up_SND.device, torch.get_num_threads())
         record: Record[RankConstants] | None = constants.load("rank", key)
-        return record.values.few_rows if record is not None else layer.measure_few_rows()
-    return rank_constants(layer, progress=progress).values.few_rows
+        if record is None:
+            layer.panel_rows = layer.measure_panel_rows()
+            return layer.measure_few_rows()
+    else:
+        record = rank_constants(layer, progress=progress)
+    layer.panel_rows = record.values.panel_rows
+    return record.values.few_rows
 
 
 def time_experts(layer: MoELayer, progress: bool = False) -> Samples:
@@ -93,7 +99,7 @@ def time_experts(layer: MoELayer, progress: bool = False) -> Samples:
     them in a cache, either.
     """
     pool = layer.pool
-    device, dtype, hidden = pool.up_SND.device, pool.up_SND.dtype, pool.down_SDI.shape[1]
+    device, dtype, hidden = pool.up_SND.device, pool.dtype, pool.hidden
     cases = sorted(
         {
             (n, rows)
@@ -126,7 +132,7 @@ def time_shared(layer: MoELayer) -> Samples:
     """[1, tokens, ns] of calls of the layer's shared experts: all together they are one expert; nothing where the
     layer has none that plans may move.
     """
-    overlap, down = layer.overlap, layer.pool.down_SDI
+    overlap, pool = layer.overlap, layer.pool
     if overlap is None or not movable(layer):
         return []
     samples: Samples = []
@@ -135,8 +141,8 @@ def time_shared(layer: MoELayer) -> Samples:
         left_ns = _EXPERTS_BUDGET_S * 1e9 - (time.perf_counter_ns() - start)
         if done >= 3 and (_REPEATS + 1) * tokens * per_token_ns > left_ns:
             continue
-        x = torch.randn(1, tokens, down.shape[1], dtype=down.dtype, device=down.device)
-        times = [_timed(down.device, overlap.compute, x) for _ in range(_REPEATS + 1)]
+        x = torch.randn(1, tokens, pool.hidden, dtype=pool.dtype, device=pool.up_SND.device)
+        times = [_timed(pool.up_SND.device, overlap.compute, x) for _ in range(_REPEATS + 1)]
         samples += [[1, tokens, ns] for ns in times[1:]]
         per_token_ns = min(times) / tokens
     return samples
@@ -146,18 +152,14 @@ def movable(layer: MoELayer) -> bool:
     """Whether other ranks could compute the layer's shared experts for this one's tokens: they run beside the routed
     experts, on vectors of the same kind.
     """
-    down = layer.pool.down_SDI
-    return layer.overlap is not None and layer.overlap.enabled and layer.overlap.row == (down.shape[1], down.dtype)
+    pool = layer.pool
+    return layer.overlap is not None and layer.overlap.enabled and layer.overlap.row == (pool.hidden, pool.dtype)
 
 
 def _some_of(layer: MoELayer, first: int, count: int) -> MoELayer:
     """The layer as if it had only these slots: what it does follows from the mean rows of all it has."""
-    part, pool = copy.copy(layer), copy.copy(layer.pool)
-    for name in ("up_SND", "down_SDI", "up_bias_SN", "down_bias_SD"):
-        if (tensor := getattr(pool, name)) is not None:
-            setattr(pool, name, tensor[first : first + count])
-    pool.num_slots = count
-    part.pool = pool
+    part = copy.copy(layer)
+    part.pool = layer.pool.part(first, count)
     part.resized()
     return part
 
@@ -271,7 +273,7 @@ def _time_exchanges(
     group: RankGroup, layer: MoELayer, machine_P: Sequence[int], progress: bool = False
 ) -> dict[str, Samples]:
     """[bytes, ns] of each collective, and of weight transfers between ranks of one machine and of two."""
-    down, size, device = layer.pool.down_SDI, group.size, group.device
+    pool, size, device = layer.pool, group.size, group.device
     sent = group.sent_bytes
     samples: dict[str, Samples] = {
         name: [] for name in ("small", "all_gather", "reduce_scatter", "all_to_all", "near", "far")
@@ -285,10 +287,10 @@ def _time_exchanges(
             times = _times(group, vector.nbytes, group.all_gather_counts, vector)
             samples["small"] += [[(size - 1) * count * 4, ns] for ns in times]
             bar.update()
-        row_bytes = down.shape[1] * down.element_size()
+        row_bytes = pool.hidden * pool.dtype.itemsize
         most = max(_ROWS[1] + 1, min(_ROWS[2], _EXCHANGE_BYTES // (size * row_bytes)))
         for rows in (*_ROWS[:2], most):
-            every = torch.zeros(size * rows, down.shape[1], dtype=down.dtype, device=device)
+            every = torch.zeros(size * rows, pool.hidden, dtype=pool.dtype, device=device)
             nbytes = every[:rows].nbytes
             for name, exchange, args in (
                 ("all_gather", group.all_gather, (every[:rows],)),

@@ -70,9 +70,7 @@ def key_of(files: ExpertFiles) -> dict[str, Any]:
     """The machine and the disk, and what is read for an expert of the first layer."""
     reader = files.readers[0]
     extents = files.extents(0, 0)
-    hidden, width = reader.shape("down_proj")
-    if reader.spec.is_transposed:
-        hidden, width = width, hidden
+    hidden, width = reader.matrix("down_proj")
     return {
         "cpu": constants.cpu_name(),
         "disk": " and ".join(sorted({disk_of(file) for file in files.files})),

@@ -120,7 +120,7 @@ class _Trial:
         run = few_rows if layer.takes_few_rows(rows, experts) else many_rows
         x_RD, token_R, starts = self._inputs(experts, rows)
         weights = [layer.pool.weights(place) for place in self._some(experts, layer.pool.num_slots)]
-        run(layer, x_RD, token_R, starts, weights)
+        run(layer, x_RD, token_R, starts, weights, x_RD.new_empty(starts[-1], x_RD.shape[1]))
         self._turn += experts
         if x_RD.device.type == "cuda":
             torch.cuda.synchronize(x_RD.device)
@@ -155,10 +155,10 @@ class _Trial:
 
     def _inputs(self, experts: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """As many rows for each expert, each of a token of its own."""
-        down = self._layer.pool.down_SDI
-        x_RD = torch.ones(rows, down.shape[1], dtype=down.dtype, device=down.device)
-        token_R = torch.arange(rows, dtype=torch.int32, device=down.device)
-        return x_RD, token_R, [rows // experts * i for i in range(experts + 1)]
+        pool = self._layer.pool
+        x_RD = torch.ones(rows, pool.hidden, dtype=pool.dtype, device=pool.up_SND.device)
+        starts = [rows // experts * i for i in range(experts + 1)]
+        return x_RD, torch.arange(starts[-1], dtype=torch.int32, device=pool.up_SND.device), starts
 
 
 def _times(call: Callable[..., None], *args: int) -> list[int]:

@@ -16,8 +16,8 @@ from .weights import WeightMap
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of a model in memory: `dense` (all but experts), `expert` (the largest single one), all `experts`, and
-    the KV cache's bytes per token.
+    """Bytes of a model in memory: `dense` (all but experts), `expert` (the largest single one), all `experts`, the
+    KV cache's bytes per token, and the states of one request, in a model that has such.
     """
 
     dense: int
@@ -25,6 +25,7 @@ class Footprint:
     experts: int
     num_experts: int
     kv_per_token: int
+    state_per_request: int = 0
 
     @property
     def weights(self) -> int:
@@ -47,6 +48,7 @@ def footprint(weights: WeightMap, spec: ModelSpec, dtype: torch.dtype) -> Footpr
         experts=sum(size * count for size, count in per_expert),
         num_experts=sum(count for _, count in per_expert),
         kv_per_token=spec.kv_values_per_token * dtype.itemsize,
+        state_per_request=spec.state_bytes,
     )
 
 
@@ -90,33 +92,51 @@ def check_weights_fit(size: Footprint, device: torch.device, experts: int | None
         )
 
 
-def kv_blocks(config: EngineConfig, device: torch.device, kv_per_token: int, max_model_len: int, free: float) -> int:
-    """KV blocks that the options allow with `free` bytes left after the weights: no more than all requests at full
-    length could use. Raises ValueError when not even one request of `max_model_len` fits.
+def state_room(config: EngineConfig, size: Footprint, free: float) -> int:
+    """Bytes of the states of all requests that may run; raises ValueError when they alone are more than is `free`."""
+    needed = size.state_per_request * config.max_num_seqs
+    if needed > free:
+        fits = int(free // size.state_per_request)
+        raise ValueError(
+            f"max_num_seqs: the states of {config.max_num_seqs} requests need {format_size(needed)}, and"
+            f" {format_size(free)} is free once the weights are loaded; set --max-num-seqs {max(fits // 2, 1)} or less"
+        )
+    return needed
+
+
+def kv_blocks(config: EngineConfig, device: torch.device, size: Footprint, max_model_len: int, free: float) -> int:
+    """KV blocks that the options allow with `free` bytes left after the weights, of which the states of requests are
+    taken first: no more than all requests at full length could use. Raises ValueError when not even one request of
+    `max_model_len` fits.
     """
-    block_bytes = kv_per_token * config.block_size
+    block_bytes = size.kv_per_token * config.block_size
+    states = state_room(config, size, free) if size.state_per_request else 0
     if config.kv_memory is not None:
         budget = parse_size(config.kv_memory, "kv_memory")
-        if budget > free:
+        if budget > free - states:
+            beside = f" beside {format_size(states)} for the states of requests" if states else ""
             raise ValueError(
-                f"kv_memory is {config.kv_memory}, and {format_size(free)} is free once the weights are loaded; ask for"
-                " less"
+                f"kv_memory is {config.kv_memory}, and {format_size(free - states)} is free once the weights are"
+                f" loaded{beside}; ask for less"
             )
         source = f"kv_memory {config.kv_memory}"
     else:
         fraction = config.memory_fraction or (0.9 if device.type == "cuda" else 0.5)
-        budget = int(free * fraction)
+        budget = max(int(free * fraction) - states, 0)
         source = f"{fraction:g} of {format_size(free)} free memory"
+        if states:
+            source += f", less {format_size(states)} for the states of {config.max_num_seqs} requests,"
     blocks = budget // block_bytes
     one = -(-max_model_len // config.block_size)
     if config.kv_memory is None:
         blocks = min(blocks, one * config.max_num_seqs)
     if blocks < one:
         fits = blocks * config.block_size
+        fewer = ", lower --max-num-seqs," if states else ","
         raise ValueError(
             f"max_model_len: one request of {max_model_len} tokens needs {format_size(one * block_bytes)} of KV cache,"
-            f" but {source} gives room for {fits} tokens; set --max-model-len {max(fits, 1)} or less, or give it more"
-            " memory"
+            f" but {source} gives room for {fits} tokens; set --max-model-len {max(fits, 1)} or less{fewer} or give it"
+            " more memory"
         )
     return blocks
 

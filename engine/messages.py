@@ -290,6 +290,8 @@ class Stats:
     waiting: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
+    state_slots_used: int = 0
+    state_slots_total: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0

@@ -144,6 +144,8 @@ def ways_for(
     if host.pool.device.type == "cuda":
         enough = host.kept >= TRIAL_EXPERTS
         few = few_rows_of(on_cpu[0], progress) if enough else on_cpu[0].measure_few_rows()
+        for layer in on_cpu:
+            layer.panel_rows = on_cpu[0].panel_rows
     compute = HostCompute(on_cpu, host.pool, few)
     with torch.inference_mode():
         record = miss_constants(layers[0], host.pool, compute, host.kept, progress=progress)

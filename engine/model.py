@@ -2,8 +2,8 @@
 
 `build` makes the model from its config without memory; `probe` runs it once on the meta device with our functions in
 the place of its attention and its experts, and so learns from the model itself which layers attend, with how many
-heads, over which window, with sinks or a logit cap, and where its experts are. What cannot be served is refused here,
-by name and reason.
+heads, over which window, with sinks or a logit cap, which keep a state instead, and where its experts are. What cannot
+be served is refused here, by name and reason.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+from .state_probe import STATELESS_KINDS, StateProbe, keeps_states
+from .states import StateCache, StateSpec
 
 _PROBE = "moeyard_probe"
 _PROBE_TOKENS = 5
@@ -69,17 +72,25 @@ class ExpertsSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What `probe` found. `experts` is in the order in which the layers run."""
+    """What `probe` found. `experts` is in the order in which the layers run; `states` are those of layers with linear
+    attention, state spaces or convolutions.
+    """
 
     architecture: str
     hidden_size: int
     vocab_size: int
     attention: tuple[AttentionSpec, ...]
     experts: tuple[ExpertsSpec, ...] = ()
+    states: tuple[StateSpec, ...] = ()
 
     @property
     def kv_values_per_token(self) -> int:
         return sum(a.values_per_token for a in self.attention)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one request, however long."""
+        return sum(state.nbytes for state in self.states)
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -129,7 +140,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
     if getattr(config, "quantization_config", None) is not None:
         method = config.quantization_config
         method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
-        raise ValueError(f"model: the checkpoint is quantised ({method}), which is not supported yet; use a plain one")
+        raise ValueError(f"model: the checkpoint is quantised ({method}); the model is built as a plain one")
     AttentionInterface.register(_PROBE, _unplugged)
     ExpertsInterface.register(_PROBE, _unplugged)
     try:
@@ -159,15 +170,19 @@ def probe(model: PreTrainedModel) -> ModelSpec:
     AttentionMaskInterface.register(_PROBE, found.mask)
     ids_T = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta")
     name = _name(model.config)
-    _refuse_states(model)
+    states = StateProbe(model)
+    # A mask is asked for either way: without a cache, one of no padding, whose contents are not looked at then.
+    given: dict[str, Any] = {"attention_mask": torch.ones_like(ids_T)}
+    if keeps_states(model.config, name):
+        given = {"attention_mask": None, "past_key_values": StateCache(states)}
     try:
-        with torch.no_grad(), _buffers_on_meta(model):
+        with torch.no_grad(), _buffers_on_meta(model), states:
             logits = model(
                 input_ids=ids_T,
                 position_ids=torch.arange(_PROBE_TOKENS, device="meta")[None],
-                attention_mask=torch.ones_like(ids_T),
                 use_cache=False,
                 logits_to_keep=torch.zeros(1, dtype=torch.long, device="meta"),
+                **given,
             ).logits
     except _Refusal as refusal:
         raise ValueError(f"model: {name} cannot be served: {refusal}") from None
@@ -180,13 +195,15 @@ def probe(model: PreTrainedModel) -> ModelSpec:
     attending = sorted(found.attending)
     if not attending:
         raise ValueError(f"model: {name} cannot be served: it does not use transformers' attention interface")
-    if attending != list(range(layers)):
-        without = sorted(set(range(layers)) - set(attending))
-        kinds = {str(t) for i, t in enumerate(getattr(model.config, "layer_types", None) or []) if i in without}
-        what = f" ({', '.join(sorted(kinds))})" if kinds else ""
+    kinds = getattr(model.config, "layer_types", None) or []
+    stateless = {i for i, kind in enumerate(kinds) if kind in STATELESS_KINDS}
+    without = set(range(layers)) - set(attending) - {key.layer for key in states.specs} - stateless
+    if without:
+        of = {str(kind) for i, kind in enumerate(kinds) if i in without}
+        what = f" ({', '.join(sorted(of))})" if of else ""
         raise ValueError(
             f"model: {name} cannot be served: {len(without)} of its {layers} layers{what} keep a state other than keys"
-            " and values (linear attention, state space or convolution), which is not managed yet"
+            " and values, and do not read it from the cache that they are given"
         )
     return ModelSpec(
         architecture=name,
@@ -194,6 +211,7 @@ def probe(model: PreTrainedModel) -> ModelSpec:
         vocab_size=int(logits.shape[-1]),
         attention=tuple(found.attending[i] for i in attending),
         experts=tuple(found.expert_layers),
+        states=tuple(states.specs.values()),
     )
 
 
@@ -315,17 +333,6 @@ def _window_of(mask_function: Any) -> int:
     if (first, second) == (_FAR + 1, _FAR + 2):
         return 0
     return first if first == second and itself else -1
-
-
-def _refuse_states(model: PreTrainedModel) -> None:
-    """Names the layers that hold something else than attention before running them."""
-    kinds = {str(t) for t in getattr(model.config, "layer_types", None) or []}
-    unknown = sorted(kinds - {"full_attention", "sliding_attention", "attention"})
-    if unknown:
-        raise ValueError(
-            f"model: {_name(model.config)} cannot be served: its {', '.join(unknown)} layers need state or masks that"
-            " are not managed yet; layers of full and sliding attention are"
-        )
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:

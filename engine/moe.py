@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..kernels.expert_loop import expert_loop
 from ..kernels.grouped_mm import grouped_mm
+from ..scheduler.cost import NO_LIMIT
 from .device_experts import device_experts
 from .dispatch import LocalDispatcher
 from .experts import ExpertPool
@@ -29,8 +30,14 @@ from .recorder import RoutingRecorder
 if TYPE_CHECKING:
     from .offloaded_layer import OffloadedLayer
 
-ROW_COUNTS = (16, 32, 64, 128, 256)
-"""Rows per expert at which the compiled kernels and one GEMM per expert are timed against each other."""
+ROW_COUNTS = (4, 8, 16, 32, 64, 128, 256)
+"""Rows per expert at which the compiled kernels for few rows are timed against the way for more."""
+PANEL_ROW_COUNTS = (16, 64, 256, 768)
+"""Rows per expert at which the compiled kernels for many rows are timed against one GEMM per expert."""
+_TRIAL_S = 0.5
+"""When so much time went into one count, larger ones are not tried, and the way found so far is taken for them."""
+_LOSSES = 2
+"""One after the other that end the search: a single one may be a busy moment."""
 _TRIAL_EXPERTS = 4
 _TRIAL_REPEATS = 3
 
@@ -48,12 +55,15 @@ class MoELayer:
         self.gate: Any = gate
         self.cutter = Cutter(pool, gate)
         self._few_rows = _few_rows_function(pool, self.gate)
+        self._panel_rows = _panel_rows_function(pool, self.gate)
         self._compiled = self._few_rows is not None
         self.grouped, self.why_not_grouped = device_experts(pool, gate)
         """The Triton kernels, or on a GPU the reason why they do not run this layer's experts."""
-        self.swiglu = self._compiled and _plain_swiglu(pool, gate)
+        self.swiglu = self._compiled and pool.format is None and _plain_swiglu(pool, gate)
         # Mean rows per expert up to which the compiled kernels run; `calibrate` measures it.
-        self.few_rows = ROW_COUNTS[0]
+        self.few_rows = 16
+        # The same of the kernels that pack weights, from there on; PyTorch's GEMMs above it.
+        self.panel_rows = 0
         self.counts_E = torch.zeros(pool.spec.num_experts, dtype=torch.long, device=pool.up_SND.device)
         self.parallel: ParallelLayer | None = None
         self.slot_E: torch.Tensor | None = None
@@ -122,6 +132,8 @@ class MoELayer:
         pairs = slots_RK.numel() if pairs is None else pairs
         if self.takes_few_rows(pairs, self.pool.num_slots):
             return self._few_rows(x_RD, slots_RK, weights_RK)
+        if self.takes_panels(pairs, self.pool.num_slots):
+            return self._panel_rows(x_RD, slots_RK, weights_RK)
         return self._many_rows(x_RD, slots_RK, weights_RK)
 
     @property
@@ -132,6 +144,15 @@ class MoELayer:
     def takes_few_rows(self, pairs: int, experts: int) -> bool:
         """Whether so many pairs of a row and one of `experts` are for the kernels for few rows."""
         return self._few_rows is not None and pairs <= self.few_rows * experts
+
+    def takes_panels(self, pairs: int, experts: int) -> bool:
+        """Whether so many pairs, too many for the kernels for few rows, are for those that pack weights."""
+        return self._panel_rows is not None and pairs <= self.panel_rows * experts
+
+    @property
+    def panels_always(self) -> bool:
+        """Whether those are the way for any number of rows beyond few."""
+        return self._panel_rows is not None and self.panel_rows == NO_LIMIT
 
     def _many_rows(
         self, x_TD: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -147,17 +168,17 @@ class MoELayer:
                 x_TD,
                 rows.token_R,
                 rows.counts_E,
-                pool.up_SND,
-                pool.down_SDI,
+                pool.up,
+                pool.down,
                 self.gate,
                 pool.up_bias_SN,
                 pool.down_bias_SD,
             )
             return combine(y_RD, rows.position_TK, weights_TK), rows.counts_E
-        if x_TD.device.type == "cpu":
+        if x_TD.device.type == "cpu" or pool.format is not None:
             token_R, counts_S, state = self.local.route(slots_TK, weights_TK)
             y_RD = expert_loop(
-                x_TD, token_R, counts_S, pool.up_SND, pool.down_SDI, self.gate, pool.up_bias_SN, pool.down_bias_SD
+                x_TD, token_R, counts_S, pool.up, pool.down, self.gate, pool.up_bias_SN, pool.down_bias_SD
             )
         else:
             rows_RD, counts_S, state = self.local.dispatch(x_TD, slots_TK, weights_TK)
@@ -169,45 +190,72 @@ class MoELayer:
         """The pool has other tensors now: what was bound to the old ones is made again."""
         self.local = LocalDispatcher(self.pool.num_slots)
         self._few_rows = _few_rows_function(self.pool, self.gate)
+        self._panel_rows = _panel_rows_function(self.pool, self.gate)
         self.grouped, self.why_not_grouped = device_experts(self.pool, self.gate)
 
     def measure_few_rows(self) -> int:
-        """The largest of `ROW_COUNTS` at which the compiled kernels are the faster way here, 0 if at none.
+        """The largest of `ROW_COUNTS` at which the compiled kernels for few rows are the fastest way, 0 if at none.
 
         Timed on a few of the layer's own experts: milliseconds for small experts, a fraction of a second for large
         ones.
         """
         if self._few_rows is None:
             return 0
-        experts = min(_TRIAL_EXPERTS, self.pool.num_slots)
-        best = 0
+        best, lost = 0, 0
         for rows in ROW_COUNTS:
-            x_TD = torch.randn(experts * rows, self.pool.down_SDI.shape[1]).to(self.pool.up_SND.dtype)
-            ids_TK = torch.arange(experts).repeat(rows)[:, None]
-            weights_TK = torch.ones_like(ids_TK, dtype=x_TD.dtype)
-            seconds: dict[Any, list[float]] = {self._few_rows: [], self._many_rows: []}
-            for _ in range(_TRIAL_REPEATS):
-                for way, times in seconds.items():
-                    start = time.perf_counter()
-                    way(x_TD, ids_TK, weights_TK)
-                    times.append(time.perf_counter() - start)
-            if min(seconds[self._few_rows]) > min(seconds[self._many_rows]):
+            more = self._panel_rows if self.panel_rows >= rows and self._panel_rows is not None else self._many_rows
+            few_s, more_s = self._time_ways(rows, self._few_rows, more)
+            if few_s <= more_s:
+                best, lost = rows, 0
+            elif (lost := lost + 1) == _LOSSES:
                 break
-            best = rows
         return best
+
+    def measure_panel_rows(self) -> int:
+        """Rows per expert up to which the kernels that pack weights are faster than PyTorch's GEMMs here, `NO_LIMIT`
+        where they always are, 0 at none. Timed in the same way.
+        """
+        if self._panel_rows is None:
+            return 0
+        best = 0
+        for rows in PANEL_ROW_COUNTS:
+            panel_s, plain_s = self._time_ways(rows, self._panel_rows, self._many_rows)
+            if panel_s < plain_s:
+                best = rows
+            if (panel_s + plain_s) * _TRIAL_REPEATS > _TRIAL_S:
+                return NO_LIMIT if best == rows else best
+        return NO_LIMIT if best == PANEL_ROW_COUNTS[-1] else best
+
+    def _time_ways(self, rows: int, *ways: Any) -> list[float]:
+        """Least seconds of each way with so many rows for each of a few experts, in turns, with other experts each
+        time: a step finds none of them in a cache, either.
+        """
+        slots = self.pool.num_slots
+        experts = min(_TRIAL_EXPERTS, slots)
+        x_TD = torch.randn(experts * rows, self.pool.hidden).to(self.pool.dtype)
+        first_TK = torch.arange(experts).repeat(rows)[:, None]
+        weights_TK = torch.ones_like(first_TK, dtype=x_TD.dtype)
+        seconds: list[list[float]] = [[] for _ in ways]
+        for turn in range(_TRIAL_REPEATS):
+            for number, (way, times) in enumerate(zip(ways, seconds, strict=True)):
+                ids_TK = (first_TK + (turn * len(ways) + number) * experts) % slots
+                start = time.perf_counter()
+                way(x_TD, ids_TK, weights_TK)
+                times.append(time.perf_counter() - start)
+        return [min(times) for times in seconds]
 
 
 def calibrate(layers: Sequence[MoELayer], *, progress: bool = False) -> None:
     """Sets up to how many rows per expert each layer uses its compiled kernels: by the file of measured constants, so
     that two starts compute alike, or measured now, once for each shape of layer.
     """
-    known: dict[tuple[Any, ...], int] = {}
+    known: dict[tuple[Any, ...], tuple[int, int]] = {}
     for layer in layers:
         pool = layer.pool
-        shape = (pool.up_SND.shape, pool.up_SND.dtype, pool.spec.has_bias, pool.spec.has_gate)
+        shape = (pool.up_SND.shape, pool.dtype, pool.format, pool.spec.has_bias, pool.spec.has_gate)
         if shape not in known:
-            known[shape] = few_rows_of(layer, progress)
-        layer.few_rows = known[shape]
+            known[shape] = few_rows_of(layer, progress), layer.panel_rows
+        layer.few_rows, layer.panel_rows = known[shape]
 
 
 def _is_swiglu(gate: Any, width: int) -> bool:
@@ -228,8 +276,10 @@ def _few_rows_function(pool: ExpertPool, gate: Any) -> Any:
     One compiled call for the whole layer where the experts are plain SwiGLU, else compiled pieces around their own
     gate.
     """
-    if pool.up_SND.device.type != "cpu" or pool.up_SND.dtype not in (torch.float32, torch.bfloat16):
+    if pool.up_SND.device.type != "cpu" or pool.dtype not in (torch.float32, torch.bfloat16):
         return None
+    if pool.format is not None:
+        return _few_quantised_rows(pool, gate)
     from ..kernels.grouped_linear import combine, grouped_linear
     from ..kernels.small_experts import small_experts
     from ..kernels.sort_rows import sort_rows
@@ -245,6 +295,61 @@ def _few_rows_function(pool: ExpertPool, gate: Any) -> Any:
         return combine(y_RD, rows.position_TK, weights_TK), rows.counts_E
 
     return pieces
+
+
+def _few_quantised_rows(pool: ExpertPool, gate: Any) -> Any:
+    from ..kernels.grouped_linear import combine
+    from ..kernels.quantised_linear import MOST_INPUTS, quantised_linear
+    from ..kernels.sort_rows import sort_rows
+
+    if max(pool.hidden, pool.width) > MOST_INPUTS:
+        return None
+
+    def pieces(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = sort_rows(ids_TK, pool.num_slots)
+        groups = (rows.starts, rows.experts_G)
+        up: Any = pool.up
+        down: Any = pool.down
+        h_RI = gate(quantised_linear(x_TD, up, *groups, pool.up_bias_SN, rows.token_R))
+        y_RD = quantised_linear(h_RI.contiguous(), down, *groups, pool.down_bias_SD)
+        return combine(y_RD, rows.position_TK, weights_TK), rows.counts_E
+
+    return pieces
+
+
+def _panel_rows_function(pool: ExpertPool, gate: Any) -> Any:
+    """The same for many rows per expert: weights are packed as they are used. None where they cannot be."""
+    if pool.up_SND.device.type != "cpu" or pool.up_SND.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    from ..kernels.grouped_linear import combine, grouped_gate_up_silu, grouped_linear
+    from ..kernels.many_rows import MANY_ROWS, fits
+    from ..kernels.sort_rows import sort_rows
+
+    if not fits(pool.up_SND) or not fits(pool.down_SDI):
+        return None
+    swiglu = _plain_swiglu(pool, gate)
+
+    def panels(x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = sort_rows(ids_TK, pool.num_slots)
+        if swiglu:
+            groups = (rows.starts, rows.experts_G)
+            h_RI = grouped_gate_up_silu(x_TD, pool.up_SND, *groups, rows.token_R, way=MANY_ROWS)
+            y_RD = grouped_linear(h_RI, pool.down_SDI, *groups, way=MANY_ROWS)
+        else:
+            y_RD = expert_loop(
+                x_TD,
+                rows.token_R,
+                rows.counts_E,
+                pool.up_SND,
+                pool.down_SDI,
+                gate,
+                pool.up_bias_SN,
+                pool.down_bias_SD,
+                panels=True,
+            )
+        return combine(y_RD, rows.position_TK, weights_TK), rows.counts_E
+
+    return panels
 
 
 class MoEFunction:

@@ -23,8 +23,8 @@ from .predict.choose import Chosen, predictors_for
 from .store_size import StoreSize, choose_size, share_out
 
 if TYPE_CHECKING:
+    from .expert_reader import ExpertReader
     from .loader import Blueprint
-    from .weights import ExpertReader
 
 POLICIES: dict[str, Callable[[Budget], Policy]] = {
     "predicted": PredictedNow,
@@ -100,7 +100,7 @@ def plan_offload(config: EngineConfig, blueprint: Blueprint, sharing: int = 1) -
         log.info("expert_memory %s is room for all experts, %s", config.expert_memory, format_size(total))
         return None
     readers = [blueprint.weights.reader(spec) for spec in specs]
-    shapes = {tuple((name, r.shape(name), r.dtype(name)) for name in r.spec.parameters) for r in readers}
+    shapes = {tuple((name, r.shape(name), r.dtype(name)) for name in r.parameters) for r in readers}
     if len(shapes) > 1:
         raise ValueError("expert_memory: the experts of this model's layers differ in shape; leave it out")
     with closing(ExpertFiles(readers)) as files:

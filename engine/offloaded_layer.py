@@ -157,6 +157,8 @@ class OffloadedLayer:
     ) -> Job:
         """Gives the CPU what it is to compute beside the device."""
         assert self._ways is not None
+        if self._layer.compiled:
+            self._ways.compute.same_kernels(self._number, self._layer)
         rows = starts[len(visit.experts) :]
         return self._ways.compute.start(
             self._number,

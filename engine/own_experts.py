@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ..scheduler.table import EMPTY
-from .weights import ExpertReader
+from .expert_reader import ExpertReader
 
 
 class OwnExperts:

@@ -122,11 +122,11 @@ class Parallel:
         top = layers[0].pool.spec
         self._top_k = top.top_k
         self._experts = top.num_experts
-        down = layers[0].pool.down_SDI
-        self._row_bytes = RowFormat(down.shape[1], self._top_k, down.dtype).nbytes
-        self._row_bytes_back = down.shape[1] * down.element_size()
+        pool = layers[0].pool
+        self._row_bytes = RowFormat(pool.hidden, self._top_k, pool.dtype).nbytes
+        self._row_bytes_back = pool.hidden * pool.dtype.itemsize
         for layer, table in zip(layers, tables, strict=True):  # until `join`: for warming up
-            layer.slot_E = torch.tensor(table.slot_of(self.group.position), device=down.device)
+            layer.slot_E = torch.tensor(table.slot_of(self.group.position), device=pool.up_SND.device)
         self._choices: dict[tuple[tuple[int, ...], bool], StepPlan] = {}
         self.balancing = True
         """Whether layers may be balanced where that can pay; on all ranks alike."""
@@ -213,9 +213,9 @@ class Parallel:
         """The layers of a step in which this rank has no tokens: its experts compute the others'."""
         for layer in self._layers:
             pool = layer.pool
-            device = pool.down_SDI.device
+            device = pool.up_SND.device
             layer(
-                pool.down_SDI.new_empty(0, pool.down_SDI.shape[1]),
+                torch.empty(0, pool.hidden, dtype=pool.dtype, device=device),
                 torch.empty(0, pool.spec.top_k, dtype=torch.long, device=device),
                 torch.empty(0, pool.spec.top_k, device=device),
             )
@@ -382,14 +382,13 @@ class Parallel:
         if self.group.size == 1:
             return
         pool = self._layers[0].pool
-        hidden, width = pool.down_SDI.shape[1:]
         bytes_P = tuple(row[0] for row in self.group.all_gather_ints([int(free / 2)]))
         budget = RowBudget(
             bytes_P=bytes_P,
             # Each of two chunks on the way, and of their sums.
             row_bytes=2 * (self._row_bytes + self._row_bytes_back) + 16 * self._top_k,
             # Gathered, its intermediate vectors, its output; and where it is in the order of experts.
-            pair_bytes=(2 * hidden + pool.up_SND.shape[1] + width) * pool.down_SDI.element_size() + 32,
+            pair_bytes=(2 * pool.hidden + pool.up_SND.shape[1] + pool.width) * pool.dtype.itemsize + 32,
             most_pairs=self._top_k,
         )
         budget.parts(self._config.max_batched_tokens)

@@ -1,25 +1,23 @@
 """From a checkpoint's tensors to the model's: names and layouts through transformers' own conversion mapping.
 
 `WeightMap` decides, from names and shapes alone, which stored tensors make which parameter, and refuses what is
-missing, extra or wrongly shaped. `load_dense` fills everything but the experts; `ExpertReader` reads one expert at a
-time, from per-expert tensors or from slices of fused ones, so that a rank or an offload store reads only what it
-owns.
+missing, extra or wrongly shaped. `dense_weights.load_dense` fills everything but the experts;
+`expert_reader.ExpertReader` reads one expert at a time, from per-expert tensors or from slices of fused ones, so that a
+rank or an offload store reads only what it owns.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -27,8 +25,15 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .checkpoint import Checkpoint, Entry
+from .checkpoint import QUANTISED_TYPES, Checkpoint, Entry
 from .model import ExpertsSpec
+from .quantised_layouts import Layout
+
+if TYPE_CHECKING:
+    from .expert_reader import ExpertReader
+
+T = TypeVar("T")
+_INTEGERS = {"I64", *QUANTISED_TYPES}
 
 
 @dataclass
@@ -77,15 +82,29 @@ class Recipe:
 
 class WeightMap:
     """Which stored tensors make which parameters of `model`. Raises ValueError naming tensor, file, expected and
-    found.
+    found. `make_reader` makes what reads a layer's experts, where they are not kept plain. `layout` is of a quantised
+    checkpoint.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, experts: tuple[ExpertsSpec, ...]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        experts: tuple[ExpertsSpec, ...],
+        make_reader: Callable[[WeightMap, ExpertsSpec], ExpertReader] | None = None,
+        layout: Layout | None = None,
+    ):
         self.model = model
         self.checkpoint = checkpoint
         self.expected = dict(model.state_dict())
         self.experts = {f"{spec.module}.{name}": spec for spec in experts for name in spec.parameters}
         self.recipes: dict[str, Recipe] = {}
+        self._make_reader = make_reader
+        self.layout = layout
+        self.quantised: dict[str, dict[str, Entry]] = {}
+        """Of each tensor that is stored quantised, by the name that a plain one would have: its parts by role."""
+        self.entries = self._plain_entries()
+        """The stored tensors by the names that plain ones would have."""
         self._collect()
         self._refuse_missing()
 
@@ -97,7 +116,7 @@ class WeightMap:
         ignored = [re.compile(p) for p in getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or []]
         prefix = self.model.base_model_prefix
         extra = []
-        for name in sorted(self.checkpoint.entries, key=dot_natural_key):
+        for name in sorted(self.entries, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, self.expected)
             if target not in self.expected and name in self.expected:
                 target, pattern = name, None
@@ -134,20 +153,23 @@ class WeightMap:
 
     def _check_sources(self, recipe: Recipe) -> None:
         """Counts and shapes of a recipe's sources, so far as they can be known before converting."""
-        entries = self.checkpoint.entries
+        entries = self.entries
         kept_as = self.expected[recipe.target].dtype
         for name in recipe.names:
-            if (entries[name].dtype == "I64") == kept_as.is_floating_point:
+            integers = entries[name].dtype in _INTEGERS
+            if name not in self.quantised and integers == kept_as.is_floating_point:
                 raise ValueError(
                     f"checkpoint: tensor {name} in {self._where(name)} has type {entries[name].dtype}; expected one to"
-                    f" be kept as {kept_as} (quantised checkpoints are not supported yet)"
+                    f" be kept as {kept_as}, and config.json says nothing of quantised weights that this is a part of"
                 )
         if recipe.converter is None:
+            if recipe.names[0] in self.quantised:  # checked when it has been read
+                return
             wanted, found = tuple(self.expected[recipe.target].shape), entries[recipe.names[0]].shape
             if wanted != found:
                 self._wrong_shape(recipe.names[0], wanted)
             return
-        stacks = _stacks_first(recipe.converter)
+        stacks = stacks_first(recipe.converter)
         count = self.expected[recipe.target].shape[0] if stacks else 1
         for pattern in recipe.converter.source_patterns:
             names = recipe.sources.get(pattern, [])
@@ -165,7 +187,7 @@ class WeightMap:
                     self._wrong_shape(name, usual)
 
     def _wrong_shape(self, name: str, wanted: tuple[int, ...]) -> None:
-        found = list(self.checkpoint.entries[name].shape)
+        found = list(self.entries[name].shape)
         raise ValueError(
             f"checkpoint: tensor {name} in {self._where(name)}: expected shape {list(wanted)}, found {found}"
         )
@@ -175,21 +197,80 @@ class WeightMap:
         if shape != wanted:
             name = recipe.names[0]
             raise ValueError(
-                f"checkpoint: tensor {name} in {self._where(name)} (shape {list(self.checkpoint.entries[name].shape)})"
+                f"checkpoint: tensor {name} in {self._where(name)} (shape {list(self.entries[name].shape)})"
                 f" makes {target}: expected shape {list(wanted)}, found {list(shape)}"
             )
 
     def _where(self, name: str) -> str:
-        return self.checkpoint.entries[name].file.name
+        return self.entries[name].file.name
+
+    def _plain_entries(self) -> dict[str, Entry]:
+        """The tensors by the names that plain ones would have; of quantised ones that with the values. Raises
+        ValueError for one that lacks a part.
+        """
+        layout, entries = self.layout, self.checkpoint.entries
+        if layout is None:
+            return entries
+        stored: dict[str, dict[str, Entry]] = {}
+        for name, entry in entries.items():
+            plain, role = layout.split(name)
+            stored.setdefault(plain, {})[role] = entry
+        found: dict[str, Entry] = {}
+        for plain, parts in stored.items():
+            if not layout.complete(parts):
+                found |= {entry.name: entry for entry in parts.values()}  # of plain tensors with such names
+                continue
+            self.quantised[plain] = parts
+            found[plain] = parts["values"]
+        return found
+
+    def roles_of(self, part: Entry) -> dict[str, Entry]:
+        """The parts of a quantised tensor, of the same row as `part` is of its values; of a plain one itself, as ""."""
+        plain, _ = self.layout.split(part.name) if self.layout is not None else (part.name, "")
+        if plain not in self.quantised:
+            return {"": part}
+        roles = self.quantised[plain]
+        values = roles["values"]
+        if part == values:
+            return roles
+        row = (part.begin - values.begin) // part.nbytes
+        return {role: entry.row(row) for role, entry in roles.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """A stored tensor, or what a quantised one stands for, in float32."""
+        roles = self.quantised.get(name)
+        if roles is None:
+            return self.checkpoint.read(name)
+        assert self.layout is not None
+        parts = {role: self.checkpoint.read_part(entry) for role, entry in roles.items()}
+        try:
+            return self.layout.plain(parts)
+        except ValueError as error:
+            raise ValueError(f"checkpoint: tensor {name} in {self._where(name)}: {error}") from error
+
+    def fitting(self, recipe: Recipe, make: Callable[[Mapping[str, torch.Tensor]], T], parts: Any) -> T:
+        """What `make` makes of a quantised tensor's parts; its ValueError says for which parameter that is."""
+        try:
+            return make(parts)
+        except ValueError as error:
+            if str(error).startswith("checkpoint"):
+                raise
+            raise ValueError(f"checkpoint: {recipe.target} in {self._where(recipe.names[0])}: {error}") from error
+
+    def nbytes_of(self, name: str) -> int:
+        """Of a tensor as stored, with all its parts."""
+        return sum(entry.nbytes for entry in self.quantised.get(name, {"": self.entries[name]}).values())
 
     @property
     def dense(self) -> list[Recipe]:
         """Recipes of everything but experts, in file order."""
         recipes = [r for target, r in self.recipes.items() if target not in self.experts]
-        return sorted(recipes, key=lambda r: (str(self.checkpoint.entries[r.names[0]].file), r.names[0]))
+        return sorted(recipes, key=lambda r: (str(self.entries[r.names[0]].file), r.names[0]))
 
     def reader(self, spec: ExpertsSpec) -> ExpertReader:
-        return ExpertReader(self, spec)
+        from .expert_reader import ExpertReader
+
+        return (self._make_reader or ExpertReader)(self, spec)
 
     def dtype_of(self, target: str) -> torch.dtype:
         """The type a parameter is kept in: the model's, or float32 where the architecture asks for it."""
@@ -203,182 +284,10 @@ class WeightMap:
         return dtype
 
 
-class ExpertReader:
-    """Reads the experts of one MoE layer one by one, in the model's layout."""
-
-    def __init__(self, weights: WeightMap, spec: ExpertsSpec):
-        self.spec = spec
-        self.checkpoint = weights.checkpoint
-        self._weights = weights
-        self._recipes = {name: weights.recipes[f"{spec.module}.{name}"] for name in spec.parameters}
-
-    def shape(self, parameter: str) -> tuple[int, ...]:
-        """Shape of one expert's part of a stacked parameter."""
-        return tuple(self._weights.expected[f"{self.spec.module}.{parameter}"].shape[1:])
-
-    def dtype(self, parameter: str) -> torch.dtype:
-        return self._weights.dtype_of(f"{self.spec.module}.{parameter}")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one expert as kept in memory."""
-        return sum(self.dtype(p).itemsize * _size(self.shape(p)) for p in self.spec.parameters)
-
-    def read(self, expert: int) -> dict[str, torch.Tensor]:
-        """Parameters of one expert, each of `shape(parameter)`, in the checkpoint's type; copy what is kept."""
-        return {
-            name: self.assemble(name, {pattern: self.checkpoint.read_part(part) for pattern, part in parts.items()})
-            for name, parts in self.parts(expert).items()
-        }
-
-    def parts(self, expert: int) -> dict[str, dict[str, Entry]]:
-        """Where one expert is stored: for each parameter, what stands for each of the conversion's source patterns."""
-        return {name: self._parts(recipe, expert) for name, recipe in self._recipes.items()}
-
-    def assemble(self, parameter: str, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A parameter of one expert, made of the tensors that `parts` tells of."""
-        weights, recipe = self._weights, self._recipes[parameter]
-        made = recipe.convert({p: [tensor] for p, tensor in stored.items()}, weights.model.config)[recipe.target]
-        weights.check_made(recipe, recipe.target, tuple(made.shape), (1, *self.shape(parameter)))
-        return made[0]
-
-    def places(
-        self, parameter: str, stored: Mapping[str, torch.Tensor], into: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs (part of `into`, tensor) that, copied, put there what `assemble` gives: without a copy in between
-        where the conversion does no more than to put tensors side by side.
-        """
-        converter = self._recipes[parameter].converter
-        joins = [] if converter is None else [o for o in converter.operations if not isinstance(o, MergeModulelist)]
-        if converter is not None and len(joins) == 1 and isinstance(joins[0], Concatenate) and joins[0].dim > 0:
-            dim = joins[0].dim - 1  # the experts' is the first
-            parts = [stored[p] for p in converter.source_patterns]
-            parts = [part[0] if part.dim() > into.dim() else part for part in parts]
-            rooms = _side_by_side(into, dim, parts)
-            if rooms is not None:
-                return list(zip(rooms, parts, strict=True))
-        return [(into, self.assemble(parameter, stored))]
-
-    def as_stored(self, expert: int) -> dict[str, list[Entry]] | None:
-        """Where each parameter of an expert stands in files just as it is kept in memory, but that blocks of a matrix's
-        rows, such as those of gate and up, need not follow each other; None if one does not.
-        """
-        found = {name: self._as_stored(name, self._parts(recipe, expert)) for name, recipe in self._recipes.items()}
-        kept = {name: entries for name, entries in found.items() if entries is not None}
-        return kept if len(kept) == len(found) and not self.spec.is_transposed else None
-
-    def _as_stored(self, parameter: str, stored: Mapping[str, Entry]) -> list[Entry] | None:
-        converter = self._recipes[parameter].converter
-        joins = [] if converter is None else [o for o in converter.operations if not isinstance(o, MergeModulelist)]
-        if joins and not (len(joins) == 1 and isinstance(joins[0], Concatenate) and joins[0].dim == 1):
-            return None
-        parts = [stored[p] for p in converter.source_patterns] if converter is not None else list(stored.values())
-        shape, dtype = self.shape(parameter), self.dtype(parameter)
-        rows = [part.nbytes // dtype.itemsize // _size(shape[1:]) for part in parts]
-        blocks = [replace(part, shape=(n, *shape[1:])) for part, n in zip(parts, rows, strict=True)]
-        if sum(rows) != shape[0] or any(part.torch_dtype != dtype or part.shape[-1] != shape[-1] for part in parts):
-            return None
-        joined = blocks[:1]
-        for block in blocks[1:]:
-            last = joined[-1]
-            if (block.file, block.begin) == (last.file, last.begin + last.nbytes):
-                joined[-1] = replace(
-                    last, shape=(last.shape[0] + block.shape[0], *shape[1:]), nbytes=last.nbytes + block.nbytes
-                )
-            else:
-                joined.append(block)
-        return joined if len(shape) > 1 or len(joined) == 1 else None
-
-    def _parts(self, recipe: Recipe, expert: int) -> dict[str, Entry]:
-        entries = self.checkpoint.entries
-        if recipe.converter is None or _slicewise(recipe.converter):
-            return {p: entries[names[0]].row(expert) for p, names in recipe.sources.items()}
-        if _stacks(recipe.converter):
-            return {p: entries[recipe.sources[p][expert]] for p in recipe.converter.source_patterns}
-        raise ValueError(
-            f"checkpoint: {recipe.target} is made by {recipe.converter.operations}, which mixes experts; expected"
-            " one tensor per expert or a tensor whose first dimension is the experts"
-        )
-
-
-def load_dense(weights: WeightMap, device: torch.device) -> Iterator[int]:
-    """Reads every parameter and buffer but the experts' into the model, on `device`; yields bytes read as it goes."""
-    model, checkpoint = weights.model, weights.checkpoint
-    loaded = set()
-    for recipe in weights.dense:
-        tensors = {p: [checkpoint.read(n) for n in names] for p, names in recipe.sources.items()}
-        for target, tensor in recipe.convert(tensors, model.config).items():
-            weights.check_made(recipe, target, tuple(tensor.shape), tuple(weights.expected[target].shape))
-            kept = tensor.to(device=device, dtype=weights.dtype_of(target))
-            # A part of a larger tensor would keep all of that alive.
-            whole = kept.is_contiguous() and kept.untyped_storage().nbytes() == kept.nbytes
-            _assign(model, target, kept if whole else kept.clone(memory_format=torch.contiguous_format))
-            loaded.add(target)
-        yield sum(checkpoint.entries[n].nbytes for n in recipe.names)
-    _tie(model, loaded)
-    for name, buffer in list(model.named_buffers()):
-        if not buffer.is_meta and buffer.device != device:
-            _assign(model, name, buffer.to(device))
-    left = [n for n, t in model.state_dict().items() if t.is_meta and n not in weights.experts]
-    assert not left, f"not loaded: {left}"
-
-
-def _tie(model: PreTrainedModel, loaded: set[str]) -> None:
-    """Parameters that the checkpoint leaves out because they are another one's."""
-    tied = model.all_tied_weights_keys
-    for target in tied:
-        if target in loaded:
-            continue
-        source = target
-        while source in tied and source not in loaded:
-            source = tied[source]
-        _assign(model, target, model.get_parameter(source))
-
-
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-    elif isinstance(tensor, nn.Parameter):
-        module._parameters[leaf] = tensor
-    else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
-
-def _stacks_first(converter: WeightConverter) -> bool:
+def stacks_first(converter: WeightConverter) -> bool:
     """Whether the first operation stacks one tensor per expert."""
     first = converter.operations[0]
     return isinstance(first, MergeModulelist) and first.dim == 0
-
-
-def _stacks(converter: WeightConverter) -> bool:
-    """Whether an expert is made of its own tensors alone."""
-    return _stacks_first(converter) and _slicewise_operations(converter.operations[1:])
-
-
-def _slicewise(converter: WeightConverter) -> bool:
-    return not any(isinstance(o, MergeModulelist) for o in converter.operations) and _slicewise_operations(
-        converter.operations
-    )
-
-
-def _slicewise_operations(operations: list[Any]) -> bool:
-    """Whether each operation says that it works along other dimensions than the experts'."""
-    for operation in operations:
-        dims = [v for k, v in vars(operation).items() if k.startswith("dim") and isinstance(v, int)]
-        if not dims or any(d == 0 for d in dims):
-            return False
-    return True
-
-
-def _side_by_side(into: torch.Tensor, dim: int, parts: list[torch.Tensor]) -> list[torch.Tensor] | None:
-    """`into` divided along `dim` among tensors of the shapes of `parts`; None if they do not fill it exactly."""
-    widths = [part.shape[dim] for part in parts]
-    if sum(widths) != into.shape[dim]:
-        return None
-    rooms = list(into.split(widths, dim))
-    return rooms if all(room.shape == part.shape for room, part in zip(rooms, parts, strict=True)) else None
 
 
 def _missing_of(names: list[str], count: int) -> str:
@@ -393,10 +302,3 @@ def _missing_of(names: list[str], count: int) -> str:
             if absent is not None:
                 return "".join([*pieces[0][:position], str(absent), *pieces[0][position + 1 :]])
     return ""
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -6,6 +6,7 @@ weight, R rows sorted by expert, G groups (experts with rows), `starts` the row 
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def store_row(kind, values, n, out):
 
 
 @njit
-def _add_bias(kind, values, n, bias):
+def add_bias(kind, values, n, bias):
     if kind == FLOAT32:
         for i in range(n):
             put_float32(values, i, get_float32(values, i) + get_float32(bias, i))
@@ -90,7 +91,7 @@ def linear_part(part, parts, args):
                 for r in range(rows):
                     values = scratch + 4 * r * COLUMNS
                     if bias:
-                        _add_bias(kind, values, columns, its_bias + c * size)
+                        add_bias(kind, values, columns, its_bias + c * size)
                     store_row(kind, values, columns, y + ((first + r) * n + c) * size)
 
 
@@ -168,20 +169,40 @@ def _table_of(tensors):
     return array("q", [tensor.data_ptr() for tensor in tensors])
 
 
-def _run(x, n, k, nbytes, part, weight, bias, starts, groups, experts, row_index):
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """Kernels for the two grouped layers: `product` is what their parts call, `room` bytes of memory each worker has to
+    itself, `unit` the bytes by which K goes.
+    """
+
+    linear: Part
+    gate_up: Part
+    product: Part
+    room: int = 0
+    unit: int = 1
+
+
+FEW_ROWS = Way(linear=linear_part, gate_up=gate_up_part, product=dot_block)
+
+
+def _run(x, n, k, nbytes, way, part, weight, bias, starts, groups, experts, row_index):
     """Shared by the two grouped layers: checks that both need, then the kernel. `nbytes` of a group's weight."""
     check_rows("x_TK", x, (x.shape[0], k), x.dtype)
     check_tensor("starts", starts, (groups + 1,), torch.int32)
+    if k * x.element_size() % way.unit:
+        raise ValueError(f"x_TK: {k} columns of {x.dtype} are not a whole number of {way.unit} bytes; use FEW_ROWS")
     rows = x.shape[0]
     if row_index is not None:
         rows = len(row_index)
         check_tensor("row_index_R", row_index, (rows,), torch.int32)
     y = x.new_empty(rows, n)
     if rows and groups:
+        workers = workers_for(nbytes * groups)
+        room = torch.empty(workers * way.room + 63, dtype=torch.uint8) if way.room else None
         run(
-            workers_for(nbytes * groups), part, dot_block.address, kind_of(x.dtype),
+            workers, part, way.product.address, kind_of(x.dtype),
             x.data_ptr(), x.stride(0) * x.element_size(), address(row_index), groups, starts.data_ptr(),
-            address(experts), weight, bias, n, k, y.data_ptr(),
+            address(experts), weight, bias, n, k, y.data_ptr(), address(room),
         )  # fmt: skip
     return y
 
@@ -193,13 +214,14 @@ def grouped_linear(
     experts_G: torch.Tensor | None,
     bias_EN: torch.Tensor | Sequence[torch.Tensor] | None = None,
     row_index_R: torch.Tensor | None = None,
+    way: Way = FEW_ROWS,
 ) -> torch.Tensor:
     """y_RN: rows starts[g]..starts[g+1] of x times the transpose of weight[experts[g]], plus its bias.
 
     float32 or bfloat16 on the CPU, accumulated in float32. starts [G+1] and experts_G are int32; experts may
     be in any order and need not follow each other. Without experts_G weights and biases are lists with a tensor for
     each group, anywhere in memory. With row_index_R (int32), row r of the result is computed from x[row_index[r]], so a
-    token's row is not copied per expert.
+    token's row is not copied per expert. `many_rows.MANY_ROWS` is the way for many rows per expert.
     """
     k, size = x_TK.shape[-1], x_TK.element_size()
     if experts_G is not None:
@@ -209,7 +231,7 @@ def grouped_linear(
         if bias_EN is not None:
             _check_stack("bias_EN", bias_EN, experts_G, (n,), x_TK.dtype)
         weight, bias = weight_ENK.data_ptr(), address(bias_EN)
-        return _run(x_TK, n, k, n * k * size, linear_part, weight, bias, starts, groups, experts_G, row_index_R)
+        return _run(x_TK, n, k, n * k * size, way, way.linear, weight, bias, starts, groups, experts_G, row_index_R)
     n = weight_ENK[0].shape[0]
     for weight_NK in weight_ENK:
         check_tensor("weight_ENK", weight_NK, (n, k), x_TK.dtype)
@@ -217,7 +239,7 @@ def grouped_linear(
         check_tensor("bias_EN", bias_N, (n,), x_TK.dtype)
     weights, biases = _table_of(weight_ENK), _table_of(bias_EN or ())
     tables = weights.buffer_info()[0], biases.buffer_info()[0] if biases else 0
-    return _run(x_TK, n, k, n * k * size, linear_part, *tables, starts, len(weights), None, row_index_R)
+    return _run(x_TK, n, k, n * k * size, way, way.linear, *tables, starts, len(weights), None, row_index_R)
 
 
 def grouped_gate_up_silu(
@@ -226,6 +248,7 @@ def grouped_gate_up_silu(
     starts: torch.Tensor,
     experts_G: torch.Tensor,
     row_index_R: torch.Tensor | None = None,
+    way: Way = FEW_ROWS,
 ) -> torch.Tensor:
     """h_RI = silu(gate) * up, where gate and up are the two halves of grouped_linear's result (gate rows first)."""
     k, size = x_TK.shape[-1], x_TK.element_size()
@@ -234,7 +257,7 @@ def grouped_gate_up_silu(
         raise ValueError(f"weight_E2IK: gate and up rows must be as many, but there are {two_n} rows in all")
     _check_stack("weight_E2IK", weight_E2IK, experts_G, (two_n, k), x_TK.dtype)
     n, weight = two_n // 2, weight_E2IK.data_ptr()
-    return _run(x_TK, n, k, 2 * n * k * size, gate_up_part, weight, 0, starts, groups, experts_G, row_index_R)
+    return _run(x_TK, n, k, 2 * n * k * size, way, way.gate_up, weight, 0, starts, groups, experts_G, row_index_R)
 
 
 def combine(y_RN: torch.Tensor, position_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import check_rows, check_tensor
+from .checks import address, check_rows, check_tensor
 from .compiled import run, workers_for
-from .grouped_linear import gate_up_part, linear_part
-from .tile import dot_block, kind_of
+from .grouped_linear import FEW_ROWS, Way
+from .tile import kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,12 @@ def listed_swiglu(
     starts: Sequence[int],
     row_index_R: torch.Tensor,
     out_RK: torch.Tensor,
+    way: Way = FEW_ROWS,
 ) -> None:
     """Writes rows starts[g] to starts[g + 1], which are x[row_index] through expert g: (silu(gate x) * up x) down.
 
-    float32 or bfloat16 on the CPU, accumulated in float32; `row_index_R` is int32, `out_RK` contiguous. ValueError for
-    what does not fit together.
+    float32 or bfloat16 on the CPU, accumulated in float32; `row_index_R` is int32, `out_RK` contiguous. `way` is as in
+    `grouped_linear`. ValueError for what does not fit together.
     """
     first, rows, groups = experts[0], starts[-1], len(experts)
     n, k, dtype = first.width, first.hidden, x_TK.dtype
@@ -73,12 +74,17 @@ def listed_swiglu(
     for e in experts:
         ups.extend((e.gate, e.up))
         downs.append(e.down)
-    kind, at = kind_of(dtype), begins.buffer_info()[0]
+    for columns in (n, k):
+        if columns * size % way.unit:
+            raise ValueError(f"experts: {columns} columns of {dtype} are not a whole number of {way.unit} bytes")
+    kind, at, product = kind_of(dtype), begins.buffer_info()[0], way.product.address
+    workers = workers_for(2 * n * k * size * groups)
+    room = torch.empty(workers * way.room + 63, dtype=torch.uint8) if way.room else None
     run(
-        workers_for(2 * n * k * size * groups), gate_up_part, dot_block.address, kind, x_TK.data_ptr(),
-        x_TK.stride(0) * size, row_index_R.data_ptr(), groups, at, 0, ups.buffer_info()[0], 0, n, k, h_RI.data_ptr(),
+        workers, way.gate_up, product, kind, x_TK.data_ptr(), x_TK.stride(0) * size, row_index_R.data_ptr(),
+        groups, at, 0, ups.buffer_info()[0], 0, n, k, h_RI.data_ptr(), address(room),
     )  # fmt: skip
     run(
-        workers_for(n * k * size * groups), linear_part, dot_block.address, kind, h_RI.data_ptr(),
-        n * size, 0, groups, at, 0, downs.buffer_info()[0], 0, k, n, out_RK.data_ptr(),
+        min(workers, workers_for(n * k * size * groups)), way.linear, product, kind, h_RI.data_ptr(), n * size, 0,
+        groups, at, 0, downs.buffer_info()[0], 0, k, n, out_RK.data_ptr(), address(room),
     )  # fmt: skip

@@ -42,6 +42,7 @@ def _setter(bits: int, numba_type):
 get_float32, put_float32 = _getter(32, types.float32), _setter(32, types.float32)
 get_int32, put_int32 = _getter(32, types.int32), _setter(32, types.int32)
 get_int64, put_int64 = _getter(64, types.int64), _setter(64, types.int64)
+get_int8, get_uint8 = _getter(8, types.int8), _getter(8, types.uint8)
 _get_uint16, _put_uint16 = _getter(16, types.uint16), _setter(16, types.uint16)
 
 

@@ -54,7 +54,7 @@ def kind_of(dtype: torch.dtype) -> int:
     raise ValueError(f"dtype {dtype}: the CPU kernels take float32 and bfloat16; use torch's own operators")
 
 
-def _multiply_add(builder, kind, total, x, w):
+def multiply_add(builder, kind, total, x, w):
     """total + x * w, all vectors; x and w are 32-bit lanes as loaded."""
     lanes = ir.VectorType(_I32, LANES)
     floats = ir.VectorType(_F32, LANES)
@@ -164,7 +164,7 @@ def _write_tile(builder, kind, rows, columns, x, w, stride, k, out, out_stride):
         for r, row in enumerate(x_rows):
             x_value = load(row, offset)
             for c, w_value in enumerate(w_values):
-                new = _multiply_add(builder, kind, builder.load(total[r][c]), x_value, w_value)
+                new = multiply_add(builder, kind, builder.load(total[r][c]), x_value, w_value)
                 builder.store(new, total[r][c])
 
     def load(row, offset):

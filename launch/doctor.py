@@ -27,11 +27,16 @@ COSTS = {
     "httpx": "`moeyard bench serve` does not run",
     "openai": "the demo and the client examples do not run",
     "triton": "on a GPU experts run on PyTorch's grouped products",
+    "llama-cpp-python": "`moeyard bench throughput` has no llama.cpp to compare with",
+    "gguf": "`moeyard bench throughput` has no llama.cpp to compare with",
     "accelerate": "`moeyard bench offload` has no transformers to compare with",
 }
 MOST_CONSTANTS = 4
 """Files of measured constants that the text shows."""
-MODULES = {"pyzmq": "zmq"}  # where the module is not the distribution's name with underscores
+MODULES = {
+    "pyzmq": "zmq",
+    "llama-cpp-python": "llama_cpp",
+}  # where the module is not the distribution's name with underscores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,6 +153,9 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Requests in the engine's current steps.")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting for their first step.")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.")
+        self._states_usage = self._gauge(
+            "state_slots_usage_perc", "Share of the slots for requests' states in use, 0 to 1 (hybrid models)."
+        )
         self._resident = self._gauge("moe_expert_resident_bytes", "Bytes of experts in --expert-memory's slots.")
         self._counters = [(name, self._counter(metric, text), 1.0) for name, metric, text in _COUNTERS]
         saved = "Time that regrouped steps save over those in order, by the model."
@@ -261,6 +264,7 @@ class Metrics:
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(_kv_usage(stats))
+        self._states_usage.set(stats.state_slots_used / max(1, stats.state_slots_total))
         self._resident.set(stats.expert_resident_bytes)
         for name, counter, unit in self._counters:
             total, before = getattr(stats, name), getattr(self._seen, name)

@@ -261,18 +261,21 @@ def suggestion(config: EngineConfig, blueprint: Blueprint, free: float) -> str |
     from ..engine.offload_plan import plan_offload
 
     size, length, total = blueprint.footprint, blueprint.max_model_len, own_experts(config, blueprint).nbytes
+    states = size.state_per_request * config.max_num_seqs
     one = -(-length // config.block_size) * config.block_size * size.kv_per_token
     if config.kv_memory is not None:
-        cache = parse_size(config.kv_memory, "kv_memory")
+        cache = parse_size(config.kv_memory, "kv_memory") + states
     else:
-        cache = math.ceil(one / (config.memory_fraction or (0.9 if blueprint.device.type == "cuda" else 0.5)))
+        cache = math.ceil(
+            (one + states) / (config.memory_fraction or (0.9 if blueprint.device.type == "cuda" else 0.5))
+        )
     budget = int(free) - size.dense - cache
     if not 0 < budget < total:
         return None
     percent = 100 * budget // total
     text = f"{percent}%" if percent else f"{budget}"
     try:
-        kv_blocks(config, blueprint.device, size.kv_per_token, length, free - size.dense - budget)
+        kv_blocks(config, blueprint.device, size, length, free - size.dense - budget)
     except ValueError:
         return None
     plan_offload(_with(config, text), blueprint, config.ep or 1)

@@ -89,6 +89,8 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
         ("left for KV cache", max(left, 0), f"{format_size(size.kv_per_token)} per token"),
     ]
     kind = f"{blueprint.spec.architecture} in {str(blueprint.dtype).removeprefix('torch.')}"
+    if config.expert_dtype != "auto":
+        kind += f", experts in {config.expert_dtype},"
     print(f"{kind} on {blueprint.device.type}" + (f", for each of {ranks} ranks" if ranks > 1 else ""))
     for name, value, note in rows:
         print(f"  {name:<20}{format_size(value):>10}  {note}".rstrip())
@@ -96,11 +98,15 @@ def _show_memory(config: EngineConfig, blueprint: Blueprint, free: float) -> int
         print(f"  does not fit: the weights need {format_size(-left)} more than is free")
         return 1
     try:
-        blocks = kv_blocks(config, blueprint.device, size.kv_per_token, blueprint.max_model_len, left)
+        blocks = kv_blocks(config, blueprint.device, size, blueprint.max_model_len, left)
     except ValueError as error:
         print(f"  does not fit: {error}")
         return 1
     tokens = blocks * config.block_size
+    if size.state_per_request:
+        states = size.state_per_request * config.max_num_seqs
+        each = format_size(size.state_per_request)
+        print(f"  {'request states':<20}{format_size(states):>10}  {config.max_num_seqs} requests, {each} each")
     print(
         f"  {'KV cache':<20}{format_size(tokens * size.kv_per_token):>10}  {tokens} tokens:"
         f" {tokens // blueprint.max_model_len} requests of {blueprint.max_model_len} tokens at once"

@@ -18,16 +18,16 @@ from tqdm import tqdm
 
 from ..engine.config import EngineConfig, format_size
 from ..kernels.environment import ENVIRONMENT
-from ..scheduler.cost import FREE, Constants, ExpertCost, LinkCost, RankConstants
+from ..scheduler.cost import FREE, NO_LIMIT, Constants, ExpertCost, LinkCost, RankConstants
 from ..scheduler.misses import MissCosts, choose_ways
 from ..scheduler.offload_cost import DiskCost
 
 if TYPE_CHECKING:
     from ..engine.constants import Record
     from ..engine.expert_files import ExpertFiles
+    from ..engine.expert_reader import ExpertReader
     from ..engine.loader import Blueprint
     from ..engine.moe import MoELayer
-    from ..engine.weights import ExpertReader
 
 POOL_BYTES = 2**28
 """Experts that are loaded for one rank's measurement, at least: more than caches hold."""
@@ -289,6 +289,8 @@ def facts(record: Record[Any]) -> Iterator[tuple[str, str]]:
     if isinstance(values, RankConstants):
         yield "experts", _expert_text(values.experts)
         yield "compiled kernels", f"up to {values.few_rows} rows per expert" if values.few_rows else "not used"
+        limit = "any number of" if values.panel_rows == NO_LIMIT else f"up to {values.panel_rows}"
+        yield "with packed weights", f"beyond, {limit} rows per expert" if values.panel_rows else "not used"
         if values.host != FREE:
             yield "host and device", _link_text(values.host)
         return

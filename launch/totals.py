@@ -10,7 +10,15 @@ import numpy as np
 from ..engine.messages import Stats
 from ..engine.predict.meter import add_up
 
-GAUGES = ("running", "waiting", "kv_blocks_used", "kv_blocks_total", "expert_resident_bytes")
+GAUGES = (
+    "running",
+    "waiting",
+    "kv_blocks_used",
+    "kv_blocks_total",
+    "state_slots_used",
+    "state_slots_total",
+    "expert_resident_bytes",
+)
 COUNTERS = tuple(f.name for f in dataclasses.fields(Stats) if f.name not in (*GAUGES, "expert_counts", "predictors"))
 
 

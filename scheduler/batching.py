@@ -23,6 +23,7 @@ from typing import Protocol
 
 from .blocks import BlockPool
 from .requests import Request, Status
+from .states import NO_SLOT, StateSlots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +56,17 @@ class Scheduler:
 
     Whenever `has_work`, `schedule` gives at least one token, and the oldest running request is never
     preempted: every request ends. With a `picker` only those that it picks decode, and prompts have the room that
-    the others leave. Raises ValueError for limits that cannot work.
+    the others leave. `states` are the slots of a model whose layers keep states: whoever runs has one. Raises
+    ValueError for limits that cannot work.
     """
 
     def __init__(
-        self, pool: BlockPool, max_num_seqs: int, max_batched_tokens: int, picker: Picker | None = None
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        picker: Picker | None = None,
+        states: StateSlots | None = None,
     ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
@@ -74,6 +81,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.preemptions = 0
+        self.states = states
         self._picker = picker
         self._requests: dict[str, Request] = {}
 
@@ -155,8 +163,7 @@ class Scheduler:
         if request is None:
             return False
         if request.status is Status.RUNNING:
-            self.running.remove(request)
-            self.pool.free(request)
+            self._leave(request)
         else:
             self.waiting.remove(request)
         request.status = Status.FINISHED
@@ -166,6 +173,14 @@ class Scheduler:
         """`finish`, at any moment: also between `schedule` and `commit`."""
         return self.finish(request_id)
 
+    def restart(self, request_ids: Collection[str]) -> None:
+        """Computes those of these requests that run again from the start, or from what the prefix cache has: a step
+        that was given up has changed their states."""
+        for request in reversed([r for r in self.running if r.id in request_ids]):
+            self._leave(request)
+            request.status = Status.WAITING
+            self.waiting.appendleft(request)
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless the queues and the block pool agree. Slow: for tests and idle times."""
         assert {r.id for r in self.running} | {r.id for r in self.waiting} == set(self._requests)
@@ -173,6 +188,9 @@ class Scheduler:
         assert all(r.status is Status.RUNNING for r in self.running)
         assert all(r.status is Status.WAITING and not r.block_table and not r.computed for r in self.waiting)
         self.pool.check_integrity(self.running)
+        assert all(r.state_slot == NO_SLOT for r in self.waiting)
+        if self.states is not None:
+            self.states.check_integrity(self.running)
 
     def _pick_decodes(self, singles: dict[str, int]) -> list[str]:
         """`_schedule_decodes` of those that the picker takes. The last token of a prompt is not its to choose."""
@@ -217,11 +235,17 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         assert len(self.running) > 1, f"{request!r} does not fit the KV cache alone"
-        self.running.remove(request)
-        self.pool.free(request)
+        self._leave(request)
         request.status = Status.WAITING
         self.waiting.appendleft(request)
         self.preemptions += 1
+
+    def _leave(self, request: Request) -> None:
+        """The request no longer runs: gives up its blocks and its state."""
+        self.running.remove(request)
+        self.pool.free(request)
+        if self.states is not None:
+            self.states.free(request)
 
     def _admit(self, budget: int, singles: dict[str, int], chunks: dict[str, int]) -> list[str]:
         """Move waiting requests to `running` while there is budget and memory; the ids admitted for the first
@@ -229,7 +253,8 @@ class Scheduler:
         admitted: list[str] = []
         deferred: list[Request] = []
         pool, running, waiting = self.pool, self.running, self.waiting
-        while waiting and budget and len(running) < self.max_num_seqs:
+        most = self.max_num_seqs if self.states is None else min(self.max_num_seqs, self.states.num_slots)
+        while waiting and budget and len(running) < most:
             request = waiting[0]
             if pool.is_pending(request.waits_for):
                 deferred.append(waiting.popleft())
@@ -248,6 +273,8 @@ class Scheduler:
                 break
             waiting.popleft()
             pool.allocate(request, matched)
+            if self.states is not None:
+                self.states.allocate(request)
             request.status = Status.RUNNING
             if not request.started:
                 request.started = True

@@ -79,6 +79,8 @@ class ExpertCost:
 
 FREE = LinkCost(0, 0)
 NO_EXPERTS = ExpertCost(0, 0, 0)
+NO_LIMIT = 2**31
+"""Of `RankConstants.panel_rows`: more rows than there are."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class RankConstants:
     """Mean rows per expert up to which the compiled kernels are the faster way; 0 at none, as on a GPU."""
     host: LinkCost = FREE
     """A copy between host and device, the slower direction; free where they are the same."""
+    panel_rows: int = 0
+    """The same of the compiled kernels that pack weights, for more rows than `few_rows`; `NO_LIMIT` for any number."""
 
     def __post_init__(self) -> None:
         _check_constants(self)

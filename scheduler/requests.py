@@ -17,9 +17,10 @@ class Request:
 
     Public fields: `id`; `tokens`, the prompt and then the output; `prompt_len`; `max_total`, the most tokens
     it may reach; `computed`, the number of leading tokens whose KV is in the cache; `block_table`, the KV
-    blocks in the order of the tokens; `cached_tokens`, the prompt tokens that the prefix cache had at the
-    first admission; `status`; `passed_over`, the steps in a row in which it could decode and was not
-    picked; `payload`, which belongs to the caller.
+    blocks in the order of the tokens; `state_slot`, its slot among the layers' states, in a model that has
+    such (-1: none); `cached_tokens`, the prompt tokens that the prefix cache had at the first admission;
+    `status`; `passed_over`, the steps in a row in which it could decode and was not picked; `payload`, which
+    belongs to the caller.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class Request:
         "payload",
         "prompt_len",
         "started",
+        "state_slot",
         "status",
         "tokens",
         "waits_for",
@@ -56,6 +58,7 @@ class Request:
         self.cached_tokens = 0
         self.passed_over = 0
         self.block_table: list[int] = []
+        self.state_slot = -1
         self.block_hashes: list[bytes] = []  # of the leading full blocks; grows, never recomputed
         self.num_published = 0  # leading blocks that the prefix cache has been told about
         self.waits_for: bytes | None = None  # hash of a block that another request is about to compute

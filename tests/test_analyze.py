@@ -105,6 +105,7 @@ def test_the_command(texts, tmp_path, capsys):
     assert found["hit_rate_lru_3"] == pytest.approx(want, rel=1e-4)
     assert found["tokens_per_s_25"] <= found["tokens_per_s_50"] <= found["tokens_per_s_100"]
     assert 0 < found["missed_50"] < found["missed_25"] < 32
+    assert "Experts kept quantised" in out and 0 < found["error_int8"] < found["error_fp8"] < found["error_int4"] < 0.3
     assert ET.parse(picture).getroot().tag.endswith("svg")
 
     # `plan` goes by it

@@ -162,7 +162,7 @@ def test_streams_are_whole() -> None:
     held = np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
     problem = problem_of([1] * 5, 2, holds_PE=held, rates=rates, expert_bytes=100_000)
     assert impossible(problem, 29_999) and not impossible(problem, 30_000)
-    assert sharper(problem, 30_000) >= 29_970
+    assert 28_500 <= sharper(problem, 30_000) <= 30_000
 
 
 def test_few_tokens_and_copies_of_hot_experts() -> None:
@@ -172,7 +172,8 @@ def test_few_tokens_and_copies_of_hot_experts() -> None:
     holds_PE, home_E = placed(cell, "eplb", step.earlier_E)
     task = problem_in(cell, step.rows_PE, holds_PE, home_E, np.zeros(32, dtype=np.int64))
     time_ns = plan(task).modelled_ns
-    assert bound(task) < 0.9 * time_ns and sharper(task, time_ns) > 0.99 * time_ns
+    assert bound(task) < 0.9 * time_ns and impossible(task, int(0.99 * time_ns) - task.rates.base_ns)
+    assert 0.95 * time_ns <= sharper(task, time_ns) <= time_ns  # more is not asked for
 
 
 def test_experts_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +182,7 @@ def test_experts_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> N
     """
     monkeypatch.setattr(balance_departures, "RESOLUTIONS", SHARP)
     for layout, tokens, name, least in (
-        (Layout(64, 1), 1024, "50 % in 16", 0.88),
+        (Layout(64, 1), 1024, "50 % in 16", 0.92),
         (Layout(32, 4), 128, "80 % in 16", 0.99),
     ):
         cell = Cell(SHAPES["gpt-oss-120b"], layout, tokens, next(load for load in LOADS if load.name == name))
@@ -189,15 +190,15 @@ def test_experts_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> N
         holds_PE, home_E = placed(cell, "linear", step.earlier_E)
         task = problem_in(cell, step.rows_PE, holds_PE, home_E, np.zeros(layout.ranks, dtype=np.int64))
         time_ns = plan(task).modelled_ns
-        assert bound(task) < 0.87 * time_ns and impossible(task, int(least * time_ns) - task.rates.base_ns)
+        assert bound(task) < 0.915 * time_ns and impossible(task, int(least * time_ns) - task.rates.base_ns)
 
 
 def test_it_is_asked_only_where_the_other_bound_is_far(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of([400, 300, 200, 100], 2, expert_bytes=GPT_OSS_EXPERT, rates=RATES)
-    asked: list[int] = []
-    monkeypatch.setattr(balance_bound, "impossible", lambda problem, ns: asked.append(ns))
+    asked: list[object] = []
+    monkeypatch.setattr(balance_bound, "_refuted", asked.append)
     least = bound(problem)
-    assert sharper(problem, least * 100 // 98) == least and not asked
+    assert sharper(problem, least * 100 // 96) == least and not asked
     assert sharper(problem, least * 2) == least and asked
     monkeypatch.setattr(balance_bound, "AVAILABLE", False)
     asked.clear()

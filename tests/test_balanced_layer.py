@@ -53,8 +53,14 @@ def layer_of(slots, bias):
     pool = SimpleNamespace(
         spec=SimpleNamespace(has_gate=True, has_bias=bias, num_experts=EXPERTS, top_k=CHOICES),
         num_slots=len(slots),
+        format=None,
+        dtype=up.dtype,
+        hidden=HIDDEN,
+        width=WIDTH,
         up_SND=up,
         down_SDI=down,
+        up=up,
+        down=down,
         up_bias_SN=up_bias if bias else None,
         down_bias_SD=down_bias if bias else None,
     )

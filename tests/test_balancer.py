@@ -26,7 +26,11 @@ def halves(x):
 
 def layer_of(gate, rows):
     pool = SimpleNamespace(
-        up_SND=torch.zeros(2, rows, 8), down_SDI=torch.zeros(2, 8, WIDTH), up_bias_SN=None, down_bias_SD=None
+        format=None,
+        up_SND=torch.zeros(2, rows, 8),
+        down_SDI=torch.zeros(2, 8, WIDTH),
+        up_bias_SN=None,
+        down_bias_SD=None,
     )
     home_E = np.arange(EXPERTS) // 2
     number_PE = np.where(home_E == np.arange(RANKS)[:, None], np.arange(EXPERTS) % 2, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -209,6 +210,21 @@ def test_model_cost_counts_the_checkpoint(checkpoint: Path) -> None:
     assert (cost.moe_layers, cost.experts, cost.top_k, cost.expert_params) == (2, 8, 2, 3 * 64 * 32)
     assert (cost.head_params, cost.embedding_params) == (512 * 64, 512 * 64)
     assert cost.kv_bytes_per_token == 2 * 2 * 2 * 2 * 16
+
+
+def test_a_hybrid_shape_has_full_attention_in_every_fourth_layer(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    tiny = {f.name: getattr(TINY, f.name) for f in dataclasses.fields(TINY)}
+    linear = {"linear_key_heads": 2, "linear_value_heads": 4, "linear_head_dim": 8, "shared_width": 16}
+    path = shapes.make_checkpoint(shapes.HybridShape(**{**tiny, "layers": 4, **linear}), tmp_path)
+    cost = roofline.model_cost(AutoConfig.from_pretrained(path), "bfloat16")
+    assert (cost.layers, cost.moe_layers) == (1, 4)
+    # Convolution over queries, keys and values (2 * 16 + 32 channels, 4 inputs, bfloat16); states in float32.
+    assert cost.state_bytes == 3 * (64 * 4 * 2 + 4 * 8 * 8 * 4)
+    options = [f"--{name.replace('_', '-')}={tiny[name]}" for name in shapes.SHAPE_OPTIONS]
+    made = shapes.resolve_model(parse(throughput, "hybrid", *options, "--workdir", str(tmp_path)))
+    assert AutoConfig.from_pretrained(made).model_type == "qwen3_next"
 
 
 def test_model_cost_counts_a_tied_head_once() -> None:

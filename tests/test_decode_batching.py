@@ -10,7 +10,7 @@ import tiny
 from test_parity import generate, prompts, reference
 
 from moeyard.bench.forced_routing import ForcedRouting
-from moeyard.engine import moe, offload
+from moeyard.engine import moe, offload_plan
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.decode_batching import ExpertAware
 from moeyard.engine.engine import Engine
@@ -54,7 +54,7 @@ def alike(monkeypatch):
     """Starts compute alike without measuring."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
     disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
-    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
+    monkeypatch.setattr(offload_plan, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
 
 
 def decodes(engine):

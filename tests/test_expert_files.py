@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from moeyard.engine import expert_files
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.expert_files import BLOCK, AlignedBuffer, ExpertFiles, ExpertUnreadable
+from moeyard.engine.expert_reader import ExpertReader
 from moeyard.engine.loader import draw
-from moeyard.engine.weights import ExpertReader
 
 DIRECT = pytest.mark.parametrize("direct", [True, False], ids=["direct", "cached"])
 

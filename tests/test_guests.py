@@ -16,6 +16,8 @@ D, WIDTH, SLOTS = 12, 10, 3
 class Pool:
     """The tensors of an ExpertPool."""
 
+    format = None
+
     def __init__(self, rows: int, bias: bool) -> None:
         self.up_SND, self.down_SDI = torch.randn(SLOTS, rows, D), torch.randn(SLOTS, D, WIDTH)
         self.up_bias_SN = torch.randn(SLOTS, rows) if bias else None

@@ -187,3 +187,28 @@ lines = [line.strip() for line in torch.__config__.parallel_info().splitlines()]
 assert "omp_get_max_threads() : 1" in lines and "at::get_num_threads() : 1" in lines, lines
 """
     python(code, NUMBA_NUM_THREADS="2")
+
+
+@pytest.mark.parametrize("environment", [{}, AVX2], ids=["this processor", "AVX2"])
+def test_quantised_weights_on_processors_without_avx512(environment):
+    code = f"""
+import torch
+from moeyard.kernels.warm_up import warm_up
+if {not environment}:
+    warm_up(quantised=True)
+    {RECORD.replace(chr(10), chr(10) + "    ")}
+from moeyard.kernels.quantised import FORMATS, MXFP4
+from moeyard.kernels.quantised_linear import dequantise, quantised_linear
+torch.manual_seed(0)
+for form in (*FORMATS.values(), MXFP4):
+    matrix = form.quantise(torch.randn(9, 150))
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = matrix.dequantise(dtype)
+        assert torch.equal(dequantise(matrix, dtype), plain), (form.name, dtype)
+        x = torch.randn(3, 150).to(dtype)
+        y = quantised_linear(x, [matrix], torch.tensor([0, 3], dtype=torch.int32), None)
+        torch.testing.assert_close(y.double(), x.double() @ plain.double().t(), rtol=2**-7, atol=2**-6)
+if {not environment}:
+    {NOTHING_COMPILED.replace(chr(10), chr(10) + "    ")}
+"""
+    python(code, **environment)

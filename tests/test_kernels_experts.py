@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from moeyard.kernels.grouped_linear import grouped_gate_up_silu, grouped_linear
+from moeyard.kernels.grouped_linear import FEW_ROWS, grouped_gate_up_silu, grouped_linear
 from moeyard.kernels.listed_experts import listed_expert, listed_swiglu
+from moeyard.kernels.many_rows import MANY_ROWS
 from moeyard.kernels.small_experts import small_experts
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -145,8 +146,9 @@ def test_weights_anywhere_in_memory(dtype):
         grouped_linear(x, [alone[0], alone[1][:, ::2], alone[2]], starts_G, None)
 
 
+@pytest.mark.parametrize("way", [FEW_ROWS, MANY_ROWS], ids=["few", "many"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gated_experts_anywhere_in_memory(dtype):
+def test_gated_experts_anywhere_in_memory(dtype, way):
     gate_up, down = layer(5, 40, 24, dtype)
     x, starts, experts = torch.randn(7, 40).to(dtype), [0, 3, 4, 9], [4, 0, 2]
     index = torch.tensor([0, 6, 2, 2, 5, 1, 0, 3, 4], dtype=torch.int32)
@@ -155,10 +157,10 @@ def test_gated_experts_anywhere_in_memory(dtype):
     downs = [down[e].clone() for e in experts]
     listed = [listed_expert(*weights) for weights in zip(blocks, downs, strict=True)]
     out = torch.full((9, 40), torch.nan).to(dtype)
-    listed_swiglu(x, listed, starts, index, out)
+    listed_swiglu(x, listed, starts, index, out, way)
     starts_G, experts_G = torch.tensor(starts, dtype=torch.int32), torch.tensor(experts, dtype=torch.int32)
-    h = grouped_gate_up_silu(x, gate_up, starts_G, experts_G, index)
-    assert torch.equal(out, grouped_linear(h, down, starts_G, experts_G))
+    h = grouped_gate_up_silu(x, gate_up, starts_G, experts_G, index, way)
+    assert torch.equal(out, grouped_linear(h, down, starts_G, experts_G, way=way))
     for g, (low, high) in enumerate(itertools.pairwise(starts)):
         gates, ups = (x[index[low:high]].double() @ half.double().T for half in alone[g].chunk(2))
         assert_near(out[low:high], (torch.nn.functional.silu(gates) * ups) @ downs[g].double().T, dtype)

@@ -5,6 +5,7 @@ import tiny
 import torch
 
 from moeyard.engine.model import build, choose_dtype, choose_max_model_len, load_config, probe
+from moeyard.engine.state_probe import keeps_states
 
 
 def probed(architecture, **changes):
@@ -40,20 +41,45 @@ def test_experts_and_their_flags():
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [
-        ("qwen3_next", "linear_attention"),
-        ("jamba", "linear_attention|mamba"),
-        ("minimax", "linear_attention"),
-        ("deepseek_v32", "sparse_attention|indexed_attention|own attention mask"),
+        ("deepseek_v32", "indexed_attention, sparse attention to keys that an indexer chooses"),
+        ("glm_moe_dsa", "indexed_attention, sparse attention to keys that an indexer chooses"),
         ("llama4_text", "chunked_attention"),
         ("mamba", "state|attention|built"),
         ("rwkv", "state|attention|built"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name_and_reason(architecture, reason):
-    config = tiny.config_of(architecture)
+    config = tiny.config_of(architecture, num_hidden_layers=4)
     with pytest.raises(ValueError, match=reason) as error:
         probe(build(config, torch.float32))
     assert str(error.value).startswith("model: ")
+
+
+def test_hybrid_models_with_sparse_attention_are_refused_by_their_configuration():
+    config = tiny.config_of("qwen4_exp_text", num_hidden_layers=4)
+    with pytest.raises(ValueError, match="Q cannot be served: it has layers of indexed_attention, sparse attention"):
+        keeps_states(config, "Q")
+
+
+def test_states_of_hybrid_models_come_from_the_model_itself():
+    spec = probed("qwen3_next")
+    assert [a.layer for a in spec.attention] == [3]
+    sizes = {(s.key.layer, s.key.kind): s.shape for s in spec.states}
+    assert sizes == {(i, kind): size for i in range(3) for kind, size in (("conv", (80, 4)), ("recurrent", (4, 8, 12)))}
+    assert spec.state_bytes == 3 * 4 * (80 * 4 + 4 * 8 * 12)
+    assert {s.module for s in spec.states} == {f"model.layers.{i}.linear_attn" for i in range(3)}
+    assert [s.key.kind for s in probed("lfm2_moe").states] == ["conv", "conv"]
+    assert [(s.key.layer, s.key.kind) for s in probed("minimax").states] == [(0, "recurrent"), (2, "recurrent")]
+    assert probed("qwen3_moe").states == ()
+
+
+def test_a_hybrid_model_needs_a_transformers_that_hands_out_states(monkeypatch):
+    from transformers import Cache
+
+    monkeypatch.delattr(Cache, "get_conv_state")
+    with pytest.raises(ValueError, match=r"qwen3_next has layers of linear_attention.* from version 5\.21 on"):
+        probed("qwen3_next")
+    assert probed("mixtral").states == ()
 
 
 def test_nothing_stays_registered_after_a_probe():

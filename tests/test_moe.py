@@ -25,10 +25,11 @@ def layers(request, tmp_path_factory):
 @pytest.mark.parametrize("tokens", [0, 1, 5, 33, 300])
 @pytest.mark.parametrize("few_rows", [True, False])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_equals_the_models_own_experts(layers, tokens, few_rows, compiled, monkeypatch):
+@pytest.mark.parametrize("panel_rows", [0, moe.NO_LIMIT])
+def test_equals_the_models_own_experts(layers, tokens, few_rows, compiled, panel_rows, monkeypatch):
     layer, module = layers
     layer = copy.copy(layer)
-    layer._compiled = compiled
+    layer._compiled, layer.few_rows, layer.panel_rows = compiled, 16, panel_rows
     taken = []
     path = layer._few_rows
     layer._few_rows = (lambda *args: taken.append(1) or path(*args)) if few_rows else None
@@ -73,7 +74,8 @@ def test_plain_swiglu_is_found_by_trying():
 def test_the_faster_way_is_found_by_timing(layers, monkeypatch):
     layer = copy.copy(layers[0])
     clock = iter(range(10**6))
-    slow = iter([1, 9] * 3 + [1, 9] * 3 + [9, 1] * 3)  # few rows win at the first two counts
+    win, lose = [1, 9] * 3, [9, 1] * 3
+    slow = iter([*win, *lose, *win, *lose, *lose])  # once may be a busy moment
     now = 0
 
     def tick():
@@ -83,9 +85,38 @@ def test_the_faster_way_is_found_by_timing(layers, monkeypatch):
         return now
 
     monkeypatch.setattr(moe.time, "perf_counter", tick)
-    assert layer.measure_few_rows() == moe.ROW_COUNTS[1]
-    layer._few_rows = None
-    assert layer.measure_few_rows() == 0
+    assert layer.measure_few_rows() == moe.ROW_COUNTS[2]
+    slow = iter([*win, *lose, *win, *lose])
+    monkeypatch.setattr(moe, "_TRIAL_S", 1000.0)
+    assert layer.measure_panel_rows() == moe.PANEL_ROW_COUNTS[2]
+    slow = iter([*lose, *lose, *lose, *win])
+    assert layer.measure_panel_rows() == moe.NO_LIMIT
+    monkeypatch.setattr(moe, "_TRIAL_S", 0.0)  # more rows would take too long
+    slow = iter(win)
+    assert layer.measure_panel_rows() == moe.NO_LIMIT
+    slow = iter(lose)
+    assert layer.measure_panel_rows() == 0
+    layer._few_rows = layer._panel_rows = None
+    assert layer.measure_few_rows() == layer.measure_panel_rows() == 0
+
+
+def test_each_number_of_rows_takes_its_way(layers):
+    layer = copy.copy(layers[0])
+    layer.few_rows, layer.panel_rows = 2, 4
+    taken = []
+
+    def way(name, run):
+        return lambda *args: taken.append(name) or run(*args)
+
+    layer._few_rows, layer._panel_rows = way("few", layer._few_rows), way("panels", layer._panel_rows)
+    layer._many_rows = way("plain", layer._many_rows)
+    experts, top_k = layer.pool.num_slots, layer.pool.spec.top_k
+    for rows, name in ((1, "few"), (2, "few"), (3, "panels"), (4, "panels"), (5, "plain")):
+        tokens = rows * experts // top_k
+        x = torch.randn(tokens, layer.pool.down_SDI.shape[1])
+        ids = torch.rand(tokens, experts).topk(top_k).indices
+        layer.run_local(x, ids, torch.rand(tokens, top_k), rows * experts)
+        assert taken.pop() == name and not taken
 
 
 def test_layers_of_one_shape_are_measured_once(layers, monkeypatch, tmp_path):

@@ -32,6 +32,12 @@ class FakeReader:
         self.layer, self.shapes, self.reads = layer, shapes, []
         self.nbytes = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
 
+    format, transposed, activation_dtype = None, False, torch.float32
+
+    @property
+    def parameters(self):
+        return tuple(self.shapes)
+
     def shape(self, parameter):
         return self.shapes[parameter]
 

@@ -23,7 +23,7 @@ from moeyard.engine.predict.base import Predictor
 from moeyard.engine.predict.choose import Chosen
 from moeyard.launch.metrics import Metrics
 from moeyard.launch.plan import run as show_plan
-from moeyard.scheduler.cost import LinkCost
+from moeyard.scheduler.cost import NO_LIMIT, LinkCost
 from moeyard.scheduler.offload_cost import DiskCost
 from moeyard.scheduler.residency.slots import Context
 
@@ -174,20 +174,26 @@ def test_memory_is_what_was_asked_for(qwen, make):
     assert sum(buffer.nbytes for buffer in engine._offload.source._readers._free) == size.reading
 
 
-@pytest.mark.parametrize("kernel", ["swiglu", "few", "many"])
+@pytest.mark.parametrize("kernel", ["swiglu", "few", "many", "panels"])
 @pytest.mark.parametrize("shard", ["5GB", "1MB"])
 def test_experts_are_read_into_their_places(kernel, shard, make, tmp_path, monkeypatch):
     """Where buffers would take more than the blocks around them. A shard may end within an expert."""
     path = tiny.save("qwen3_moe", tmp_path, num_experts=16, moe_intermediate_size=256, max_shard_size=shard)
     ids = prompts(131, 3, longest=20)
     expected = reference(path, ids, NEW_TOKENS)
-    monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 0 if kernel == "many" else 1000)
+
+    def few_rows_of(layer, progress):
+        layer.panel_rows = NO_LIMIT if kernel == "panels" else 0
+        return 0 if kernel in ("many", "panels") else 1000
+
+    monkeypatch.setattr(moe, "few_rows_of", few_rows_of)
     engine = make(path, "25%")
     plan, source = engine._offload.plan, engine._offload.source
     assert plan.in_place and plan.size.reading == 0 < plan.size.around
     monkeypatch.setattr(expert_files.ExpertFiles, "copy", None)
     for layer in engine._experts.layers:
-        layer.swiglu = kernel == "swiglu"
+        layer.swiglu = kernel in ("swiglu", "panels")
+        assert layer.panels_always == (kernel == "panels")
     tokens, found = logits_of(engine, ids)
     assert tokens == expected
     memory = layer.pool.memory

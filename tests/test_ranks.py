@@ -149,6 +149,8 @@ def worlds():
         ("deepseek_v3", 3, {"dispatcher": "all_to_all", "chunks": "2"}),
         ("gpt_oss", 3, {"redundant_experts": 1, "expert_placement": "round_robin"}),
         ("gpt_oss", 2, {"redundant_experts": 2, "balance": "tempo"}),
+        ("qwen3_next", 2, {"dispatcher": "all_to_all"}),
+        ("qwen3_5_moe_text", 2, {"dispatcher": "all_gather"}),
     ],
 )
 def test_greedy_tokens_are_those_of_transformers(checkpoints, worlds, architecture, ranks, options):

@@ -18,7 +18,7 @@ from torch import nn
 from moeyard.__main__ import main
 from moeyard.bench import look_ahead_ridge
 from moeyard.bench.look_ahead_ridge import Ahead
-from moeyard.engine import constants, moe, offload
+from moeyard.engine import constants, moe, offload_plan
 from moeyard.engine.checkpoint import Checkpoint
 from moeyard.engine.config import EngineConfig
 from moeyard.engine.engine import Engine
@@ -39,7 +39,7 @@ def home(monkeypatch, tmp_path):
     """A cache of its own, and nothing is measured for it."""
     monkeypatch.setattr(moe, "few_rows_of", lambda layer, progress: 4)
     disk = DiskCost(reads={4: LinkCost(1, 1)}, sequential_fs_per_byte=1, expert_bytes=9)
-    monkeypatch.setattr(offload, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
+    monkeypatch.setattr(offload_plan, "disk_constants", lambda files, progress: SimpleNamespace(values=disk))
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, os.environ.get(name, value))
     monkeypatch.setattr(constants, "directory", lambda: tmp_path / "cache" / "constants")

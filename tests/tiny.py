@@ -69,11 +69,91 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "flex_olmo": {"num_experts": 6, "num_experts_per_tok": 2},
 }
 
+DELTA_NET = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "head_dim": 16,
+    "shared_expert_intermediate_size": 32,
+}
+MLA = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10, "num_key_value_heads": 4}
+BETWEEN = ["linear_attention", "full_attention", "linear_attention"]
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": QWEN | DELTA_NET | {"norm_topk_prob": True},
+    "qwen3_5_moe_text": QWEN | DELTA_NET,
+    "kimi_linear": MLA
+    | {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "linear_head_dim": 12,
+        "linear_num_heads": 4,
+        "layer_types": BETWEEN,
+    },
+    "minimax": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "block_size": 16,
+        "layer_types": BETWEEN,
+    },
+    "granitemoehybrid": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+        "mamba_n_heads": 6,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+        "position_embedding_type": "rope",
+        "residual_multiplier": 0.5,
+        "layer_types": BETWEEN,
+    },
+    "jamba": {
+        "num_experts": 6,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "lfm2_moe": QWEN | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "nemotron_h": {
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe"],
+        "head_dim": 16,
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "bailing_hybrid": MLA
+    | {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "head_dim": 12,
+        "layer_types": BETWEEN,
+    },
+}
+"""Models whose layers keep states beside keys and values."""
+
 
 def config_of(architecture: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(architecture, **{**COMMON, **ARCHITECTURES.get(architecture, {}), **changes})
+    return AutoConfig.for_model(
+        architecture, **{**COMMON, **ARCHITECTURES.get(architecture, {}), **HYBRIDS.get(architecture, {}), **changes}
+    )
 
 
 def save(architecture: str, path: Path, *, seed: int = 0, max_shard_size: str = "5GB", **changes: Any) -> Path:

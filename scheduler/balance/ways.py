@@ -62,10 +62,12 @@ a node sends away what it has too much of together, so that a rank can give more
 of their own first (RELIEF), for each of the first DEPTH experts that it sends.
 """
 
-TURNS = 2
-"""How often all ways are tried: first as they are, then with choices weighed as if by chance (`moving_state.mixed`)."""
+BEST, TRIES = 8, 120
+"""All ways are tried as they are, then with choices weighed as if by chance (`moving_state.mixed`): first all, those
+that came nearest at the head; then, if that was of use, only so many of these, so often in all.
+"""
 LEAST_BUDGET = 350_000
-BUDGET_PER_PAIR = 26
+BUDGET_PER_PAIR = 104
 """How long the search looks, in steps that are counted, so that all ranks stop at the same place: for each pair of an
 expert and a rank, and at least so many; twice that with several nodes, which have more ways. About 250 steps take a
 microsecond.
@@ -129,9 +131,20 @@ def by_transfers(split_EP, rows_P, touched_P, layer, mean, best_ns, budget, spen
     done_P = np.empty(ranks, dtype=np.int64)
     stamp = np.int64(0)
     best_count, chunks = np.int64(-1), np.int64(1)
-    for turn in range(len(WAYS) * TURNS):
-        way = turn % len(WAYS)
-        seed = np.int64(0) if turn < len(WAYS) else np.int64(turn)
+    reached_W = np.full(len(WAYS), MOST)
+    order_W = np.arange(len(WAYS))
+    for turn in range(len(WAYS) + TRIES):
+        way, seed = turn, np.int64(0)
+        if turn >= len(WAYS):
+            if turn == len(WAYS):
+                order_W = np.argsort(reached_W, kind="mergesort")
+            if spent[0] >= budget or (best_count < 0 and turn >= 2 * len(WAYS)):
+                break
+            if turn < 2 * len(WAYS):
+                way = order_W[turn - len(WAYS)]
+                seed = np.int64(len(WAYS) + way)
+            else:
+                way, seed = order_W[turn % BEST], np.int64(turn)
         if rates[NODES] == 1 and (WAYS[way, SLICES] == OVER_BOTH or way == 1 or (way and WAYS[way, POOLED] != 1)):
             continue  # the same as another
         low, high = mean, (best_ns - rates[BASE]) * PS
@@ -161,6 +174,7 @@ def by_transfers(split_EP, rows_P, touched_P, layer, mean, best_ns, budget, spen
                 received[transfers[i, T_DESTINATION]] += transfers[i, T_ROWS]
             trial_chunks = chunks_for(received, most_rows_P)
             ns = worst_ns(rates, at_P[ROWS], at_P[TOUCHED], transfers, count, trial_chunks, done_P)
+            reached_W[way] = min(reached_W[way], ns)
             if ns < best_ns:
                 best_ns, chunks, best_count = ns, trial_chunks, count
                 for i in range(count):
