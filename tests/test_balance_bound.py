@@ -182,7 +182,7 @@ def test_experts_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> N
     """
     monkeypatch.setattr(balance_departures, "RESOLUTIONS", SHARP)
     for layout, tokens, name, least in (
-        (Layout(64, 1), 1024, "50 % in 16", 0.92),
+        (Layout(64, 1), 1024, "50 % in 16", 0.88),
         (Layout(32, 4), 128, "80 % in 16", 0.99),
     ):
         cell = Cell(SHAPES["gpt-oss-120b"], layout, tokens, next(load for load in LOADS if load.name == name))
@@ -190,7 +190,7 @@ def test_experts_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> N
         holds_PE, home_E = placed(cell, "linear", step.earlier_E)
         task = problem_in(cell, step.rows_PE, holds_PE, home_E, np.zeros(layout.ranks, dtype=np.int64))
         time_ns = plan(task).modelled_ns
-        assert bound(task) < 0.915 * time_ns and impossible(task, int(least * time_ns) - task.rates.base_ns)
+        assert bound(task) < 0.87 * time_ns and impossible(task, int(least * time_ns) - task.rates.base_ns)
 
 
 def test_it_is_asked_only_where_the_other_bound_is_far(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ BEST, TRIES = 8, 120
 that came nearest at the head; then, if that was of use, only so many of these, so often in all.
 """
 LEAST_BUDGET = 350_000
-BUDGET_PER_PAIR = 104
+BUDGET_PER_PAIR = 26
 """How long the search looks, in steps that are counted, so that all ranks stop at the same place: for each pair of an
 expert and a rank, and at least so many; twice that with several nodes, which have more ways. About 250 steps take a
 microsecond.
