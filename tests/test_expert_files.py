@@ -326,3 +326,23 @@ def test_the_page_cache_does_not_grow(direct: bool, tmp_path: Path) -> None:
         for expert in range(readers[layer].spec.num_experts):
             files.read(layer, expert, buffer)
     assert cached_pages(file) == 0
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for")
+def test_large_buffers_ask_for_huge_pages() -> None:
+    def flags(buffer: AlignedBuffer) -> list[str]:
+        """Of the mapping that the buffer is in, as Linux shows them."""
+        address, inside = buffer.data_B.data_ptr(), False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            first, *rest = line.split()
+            if first == "VmFlags:":
+                if inside:
+                    return rest
+            elif "-" in first and not first.endswith(":"):
+                low, high = (int(end, 16) for end in first.split("-"))
+                inside = low <= address < high
+        return []
+
+    assert "hg" in flags(AlignedBuffer(4 * 2**20))
+    assert "hg" in flags(AlignedBuffer(4 * 2**20).split(2**20)[1])
+    assert "hg" not in flags(AlignedBuffer(BLOCK))
